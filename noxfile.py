@@ -1,0 +1,114 @@
+"""Everything that is run on this repository, by name: `nox -l` lists it.
+
+Each session installs what it needs, at the versions in constraints/, into an environment of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+PACKAGES = ("common-platform", "trainkit", "servekit")
+CONSTRAINTS = ROOT / "constraints" / "ci.txt"
+REAL_MODEL = ["transformers", "gguf", "accelerate"]
+TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "openai", "httpx", "psutil", "matplotlib"]
+
+nox.options.sessions = ["tests", "lint", "types", "build"]
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_external_run = True
+
+
+def install(session: nox.Session, *needs: str, packages: tuple[str, ...] = PACKAGES) -> None:
+    """Our packages, editable, and ``needs``, all at the pinned versions."""
+    ours = [part for name in packages for part in ("-e", f"packages/{name}")]
+    session.install("--quiet", "-c", str(CONSTRAINTS), *ours, *needs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Fine-tune a real model, hand it off, serve it, and ask it: `nox -s demo -- --keep` leaves the server up."""
+    install(session, *REAL_MODEL, "openai", "matplotlib", "rich")
+    session.run("python", "examples/finetune_and_serve.py", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests but those marked slow or gpu."""
+    install(session, *REAL_MODEL, *TEST_NEEDS, "llguidance")
+    session.run("python", "-m", "common_platform.embedded", silent=True)  # made once, before the workers start
+    chosen = session.posargs or ["-m", "not slow and not gpu", "-n", "2", "--dist", "loadfile"]
+    session.run("python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """The scheduler, the blocks and the cache alone: seconds, and no torch is imported."""
+    install(session, "pytest", "pytest-timeout", "hypothesis")
+    session.run("python", "-m", "pytest", "tests/servekit/core", "-m", "not slow", *session.posargs)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """The tests that take minutes each."""
+    install(session, *REAL_MODEL, *TEST_NEEDS, "llguidance")
+    session.run("python", "-m", "pytest", "-m", "slow", "--timeout", "3600", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Format, lint, and the layering of the packages."""
+    session.install("--quiet", "-c", str(CONSTRAINTS), "ruff", "import-linter")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    sources = os.pathsep.join(str(ROOT / "packages" / name / "src") for name in PACKAGES)
+    session.run("lint-imports", env={"PYTHONPATH": sources})
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy, strict, on the three packages."""
+    install(session, "mypy", "types-PyYAML")
+    session.run("mypy")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build every wheel and sdist, install each alone in a clean environment, and use it there."""
+    session.install("--quiet", "-c", str(CONSTRAINTS), "build", "hatchling", "virtualenv")
+    dist = Path(tempfile.mkdtemp(prefix="dist-"))
+    try:
+        for name in PACKAGES:
+            session.run("python", "-m", "build", "--quiet", "--outdir", str(dist), f"packages/{name}")
+        for name in PACKAGES:
+            _use_alone(session, name, dist)
+    finally:
+        shutil.rmtree(dist)
+
+
+def _use_alone(session: nox.Session, name: str, dist: Path) -> None:
+    """The wheel in a fresh environment, then the sdist in its place; each must do its package's job."""
+    stem = name.replace("-", "_")
+    with tempfile.TemporaryDirectory(prefix=f"{stem}-") as home:
+        session.run("virtualenv", "--quiet", home)
+        python = str(Path(home, "bin", "python"))
+        wheel, sdist = next(dist.glob(f"{stem}-*.whl")), next(dist.glob(f"{stem}-*.tar.gz"))
+        for built, how in ((wheel, ("--find-links", str(dist))), (sdist, ("--force-reinstall", "--no-deps"))):
+            pinned = ("--quiet", "-c", str(CONSTRAINTS))
+            session.run(python, "-m", "pip", "install", *pinned, *how, str(built), external=True)
+            session.run(python, str(ROOT / "tests" / "alone" / f"use_{stem}.py"), external=True)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Every benchmark, quick unless told otherwise: `nox -s bench -- --json benchmarks/NAME.py`."""
+    install(session, *REAL_MODEL, *TEST_NEEDS)
+    chosen = [arg for arg in session.posargs if arg.endswith(".py")]
+    flags = [arg for arg in session.posargs if not arg.endswith(".py")] or ["--quick"]
+    scripts = chosen or sorted(str(p) for p in Path("benchmarks").glob("*.py") if p.stem != "common")
+    for script in scripts:
+        session.run("python", script, *flags)

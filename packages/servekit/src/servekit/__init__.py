@@ -1,0 +1,3 @@
+"""Serve a model: high-throughput LLM inference with an OpenAI-compatible server."""
+
+__version__ = "0.1.0"

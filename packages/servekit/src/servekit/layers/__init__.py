@@ -1,0 +1,1 @@
+"""Building blocks of models; each takes its rank and world size from the start."""

@@ -1,0 +1,1 @@
+"""How a request asks for its tokens, and what turns logits into them."""
