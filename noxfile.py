@@ -109,6 +109,14 @@ def bench(session: nox.Session) -> None:
     install(session, *REAL_MODEL, *TEST_NEEDS)
     chosen = [arg for arg in session.posargs if arg.endswith(".py")]
     flags = [arg for arg in session.posargs if not arg.endswith(".py")] or ["--quick"]
-    scripts = chosen or sorted(str(p) for p in Path("benchmarks").glob("*.py") if p.stem != "common")
+    scripts = chosen or sorted(
+        str(p) for p in Path("benchmarks").glob("*.py") if p.stem not in ("common", "make_peers")
+    )
     for script in scripts:
         session.run("python", script, *flags)
+
+
+@nox.session(venv_backend="none")
+def peers(session: nox.Session) -> None:
+    """The environments of the peers that benchmarks compare us with: `nox -s peers -- vllm`."""
+    session.run("python3", "benchmarks/make_peers.py", *session.posargs)
