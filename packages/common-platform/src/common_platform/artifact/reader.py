@@ -1,0 +1,169 @@
+"""Opening a model folder: a hand-off artifact, verified, or an ordinary Hugging Face folder, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common_platform.artifact import manifest as manifests
+from common_platform.artifact import safe_files, strict_json
+from common_platform.artifact.manifest import MANIFEST, Manifest
+from common_platform.artifact.safetensors_reader import Entry, SafetensorsFile
+from common_platform.errors import ArtifactConfigError, ArtifactFormatError, ArtifactMissing, ArtifactRefused
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CODE_KEYS = {"auto_map", "trust_remote_code", "custom_pipelines", "custom_object", "_attn_implementation_hub"}
+
+
+def open_model_folder(path: str | Path, *, verify: bool = True) -> ModelFolder:
+    """Open the model in ``path``.
+
+    With a ``manifest.json`` every file is checked against it first. Without, the folder is a plain Hugging Face one:
+    its JSON must be strict and name no code, its safetensors files must be sound.
+
+    Raises:
+        ArtifactError: one of the family, naming the file and what is wrong with it.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ArtifactMissing("model", folder.name, "a folder with config.json and model.safetensors")
+    manifest = None
+    if (folder / MANIFEST).exists() or (folder / MANIFEST).is_symlink():
+        manifest = manifests.verify(folder) if verify else manifests.read_manifest(folder)
+    return ModelFolder(folder, manifest)
+
+
+class ModelFolder:
+    """A model's config, tokenizer files and tensors. Tensors are mapped, not read: cheap until they are used."""
+
+    def __init__(self, path: Path, manifest: Manifest | None) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._refuse_code()
+        if not self.has("config.json"):
+            raise ArtifactMissing("config.json", self._what_is_there(), "a folder in Hugging Face's layout")
+        self.config: dict[str, Any] = self.read_json("config.json")
+        self.generation_config: dict[str, Any] = (
+            self.read_json("generation_config.json") if self.has("generation_config.json") else {}
+        )
+        self._files = self._open_weights()
+        self._file_of = self._locate()
+
+    def __enter__(self) -> ModelFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files; tensors that somebody still holds keep their mapping alive."""
+        self._files, self._file_of = {}, {}
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def read_bytes(self, name: str) -> bytes:
+        return safe_files.read_bytes(self.path, name)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The object in the JSON file ``name``."""
+        try:
+            found = strict_json.loads(self.read_bytes(name))
+        except ValueError as error:
+            if isinstance(error, ArtifactFormatError | ArtifactMissing | ArtifactRefused):
+                raise
+            raise ArtifactFormatError(name, str(error), "strict JSON") from error
+        if not isinstance(found, dict):
+            raise ArtifactFormatError(name, type(found).__name__, "a JSON object")
+        return found
+
+    @property
+    def tensor_names(self) -> list[str]:
+        return list(self._file_of)
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._file_of:
+            raise ArtifactMissing(name, "no such tensor", "a tensor of the safetensors files")
+        return self._file_of[name].entries[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entry(name).dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the mapped file; do not write to it."""
+        self._entry(name)
+        return self._file_of[name].tensor(name)
+
+    def _refuse_code(self) -> None:
+        for file in sorted(self.path.glob("*.json")):
+            if file.name in (MANIFEST, INDEX, "tokenizer.json", "vocab.json"):
+                continue
+            for where, value in _code_keys(self.read_json(file.name), file.name):
+                raise ArtifactRefused(where, value, "no keys that name code: it is never run from a model folder")
+
+    def _what_is_there(self) -> str:
+        names = sorted(p.name for p in self.path.iterdir())
+        return ", ".join(names[:4]) or "an empty folder"
+
+    def _open_weights(self) -> dict[str, SafetensorsFile]:
+        names = [SINGLE] if self.has(SINGLE) else []
+        if self.has(INDEX):
+            names = sorted(set(self._weight_map().values()))
+        if not names:
+            pickles = [p.name for p in self.path.iterdir() if p.suffix in PICKLES]
+            if pickles:
+                raise ArtifactRefused(pickles[0], "pickled weights", "safetensors: pickles can run code; convert them")
+            raise ArtifactMissing(SINGLE, self._what_is_there(), "safetensors weights")
+        return {name: SafetensorsFile(self.path, name) for name in names}
+
+    def _weight_map(self) -> dict[str, str]:
+        found = self.read_json(INDEX).get("weight_map")
+        if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+            raise ArtifactFormatError(INDEX, "weight_map", "tensor names -> file names")
+        return found
+
+    def _locate(self) -> dict[str, SafetensorsFile]:
+        located: dict[str, SafetensorsFile] = {}
+        for file in self._files.values():
+            for name in file.entries:
+                if name in located:
+                    raise ArtifactFormatError(file.name, f"tensor {name} again", "each tensor in one file")
+                located[name] = file
+        if self.has(INDEX):
+            for name, file_name in self._weight_map().items():
+                if located.get(name) is not self._files[file_name]:
+                    raise ArtifactFormatError(INDEX, f"{name} in {file_name}", "the file that holds the tensor")
+        return located
+
+    def config_int(self, key: str, *, low: int = 1, high: int = 1 << 31, default: int | None = None) -> int:
+        """An integer of config.json within bounds.
+
+        Raises:
+            ArtifactConfigError: it is missing or impossible.
+        """
+        value = self.config.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ArtifactConfigError(f"config.json {key}", value, f"an integer {low}..{high}")
+        return value
+
+
+def _code_keys(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in CODE_KEYS and inner not in (None, False, {}, []):
+                yield f"{where} {key}", inner
+            yield from _code_keys(inner, where)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _code_keys(inner, where)
