@@ -1,0 +1,58 @@
+"""Grouped-query attention over the paged cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from servekit.kernels.kv_write import kv_write
+from servekit.kernels.paged_attention import AttentionMetadata, paged_attention
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """What the layers of one step read.
+
+    ``token_ids``, ``positions``: ``[tokens]`` int64. ``attention``: one a KV group. ``angles``: rotary cosines and
+    sines of the positions, filled by the model.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    attention: list[AttentionMetadata]
+    angles: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Attention:
+    """One layer's attention, this rank's heads of it; its cache is bound once the blocks are counted.
+
+    Args:
+        heads, kv_heads: of this rank.
+        group: which KV group's block tables it follows.
+    """
+
+    def __init__(
+        self, heads: int, kv_heads: int, head_dim: int, *, scale: float, group: int = 0, soft_cap: float = 0.0
+    ) -> None:
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.scale = scale
+        self.group = group
+        self.soft_cap = soft_cap
+        self.cache = torch.empty(0)
+
+    def bind(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (2, num_blocks, block_size, self.kv_heads, self.head_dim)
+        self.cache = torch.zeros(shape, dtype=dtype, device=device)
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        return 2 * self.kv_heads * self.head_dim * dtype.itemsize
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, step: StepInputs) -> Tensor:
+        """``query`` ``[tokens, heads, head_dim]``, ``key`` and ``value`` ``[tokens, kv_heads, head_dim]``."""
+        metadata = step.attention[self.group]
+        kv_write(self.cache, key, value, metadata.write_places)
+        return paged_attention(query, self.cache, metadata, self.scale, self.soft_cap)

@@ -1,0 +1,63 @@
+"""Which class runs which architecture: a table, and entry points that add to it."""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib.metadata import entry_points
+from typing import Protocol
+
+from torch import Tensor
+
+from common_platform.artifact import ModelFolder
+from common_platform.errors import ArtifactConfigError
+from servekit.core.facts import KVGroup
+from servekit.layers.attention import Attention, StepInputs
+from servekit.layers.weights import Weights
+
+BUILT_IN = {  # config.json's architectures -> where the class is; imported on first use
+    "LlamaForCausalLM": "servekit.models.llama:Llama",
+    "MistralForCausalLM": "servekit.models.llama:Llama",
+    "Qwen2ForCausalLM": "servekit.models.llama:Llama",
+    "Qwen3ForCausalLM": "servekit.models.llama:Llama",
+}
+
+
+class CausalModel(Protocol):
+    """A decoder as the model runner drives it."""
+
+    vocab_size: int
+    kv_groups: list[KVGroup]
+    attentions: list[Attention]
+
+    def __init__(self, weights: Weights, max_positions: int) -> None: ...
+
+    def forward(self, step: StepInputs) -> Tensor:
+        """The last hidden states, ``[tokens, hidden]``."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[rows, hidden]`` -> ``[rows, vocab]`` float32."""
+
+
+def architecture_of(folder: ModelFolder) -> str:
+    """The one architecture that the config names.
+
+    Raises:
+        ArtifactConfigError: none, or one that nothing here runs.
+    """
+    named = folder.config.get("architectures")
+    found = named[0] if isinstance(named, list) and len(named) == 1 else named
+    if not isinstance(found, str) or found not in known_architectures():
+        raise ArtifactConfigError(
+            "config.json architectures", found, f"one of {', '.join(sorted(known_architectures()))}"
+        )
+    return found
+
+
+def known_architectures() -> dict[str, str]:
+    """A plugin adds names, it never replaces ours."""
+    return {entry.name: entry.value for entry in entry_points(group="servekit.models")} | BUILT_IN
+
+
+def model_class(architecture: str) -> type[CausalModel]:
+    found: type[CausalModel] = pkgutil.resolve_name(known_architectures()[architecture])
+    return found
