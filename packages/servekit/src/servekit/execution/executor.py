@@ -1,0 +1,139 @@
+"""Who carries plans out. In process: one rank, in one worker thread of this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common_platform.artifact import ModelFolder, open_model_folder
+from common_platform.errors import ArtifactConfigError, ConfigError
+from servekit.core.config import CacheConfig, SchedulerConfig
+from servekit.core.facts import KVGroup, ModelFacts
+from servekit.core.plan import StepPlan, StepResult
+from servekit.execution.model_runner import ModelRunner, score
+from servekit.layers.parallel import SingleRank
+from servekit.layers.weights import Weights
+from servekit.models.registry import architecture_of, model_class
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROBE_BLOCK = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorConfig:
+    """How a model is loaded and run."""
+
+    dtype: str = "auto"  # auto: float32 on CPU, the checkpoint's own elsewhere
+    device: str = "cpu"
+    num_threads: int = 0  # of the matrix products; 0: torch's choice
+    max_model_len: int = 0  # 0: what the model was made for
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise ConfigError("dtype", self.dtype, f"one of auto, {', '.join(DTYPES)}", flag="--dtype")
+        if self.num_threads < 0:
+            raise ConfigError("num_threads", self.num_threads, "0 or more", flag="--num-threads")
+
+
+class InProcessExecutor:
+    """Loads the model and runs plans one after the other.
+
+    Args:
+        model: a model folder, verified when it has a manifest.
+
+    Raises:
+        ArtifactError: the folder cannot be used; nothing has been loaded then.
+    """
+
+    def __init__(self, model: str | Path, config: ExecutorConfig) -> None:
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        self.folder = open_model_folder(model)
+        self.device = torch.device(config.device)
+        self.dtype = self._dtype(config, self.folder)
+        architecture = architecture_of(self.folder)
+        made_for = self.folder.config_int("max_position_embeddings", high=1 << 26)
+        if config.max_model_len > made_for:
+            raise ConfigError("max_model_len", config.max_model_len, f"1..{made_for}", flag="--max-model-len")
+        max_positions = config.max_model_len or made_for
+        weights = Weights(self.folder, self.dtype, self.device, SingleRank())
+        with torch.inference_mode():
+            self.model = model_class(architecture)(weights, max_positions)
+        self.model_facts = ModelFacts(
+            architecture=architecture,
+            vocab_size=self.model.vocab_size,
+            max_model_len=max_positions,
+            eos_token_ids=_eos(self.folder, self.model.vocab_size),
+            bos_token_id=self.folder.config.get("bos_token_id"),
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=str(self.device),
+            num_parameters=weights.num_parameters,
+        )
+        self._runner: ModelRunner | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="servekit-executor")
+
+    @staticmethod
+    def _dtype(config: ExecutorConfig, folder: ModelFolder) -> torch.dtype:
+        if config.dtype != "auto":
+            return DTYPES[config.dtype]
+        if config.device == "cpu":
+            return torch.float32
+        return DTYPES.get(str(folder.config.get("dtype") or folder.config.get("torch_dtype")), torch.bfloat16)
+
+    @property
+    def kv_groups(self) -> list[KVGroup]:
+        return self.model.kv_groups
+
+    def bytes_per_block(self, block_size: int) -> int:
+        """Memory of one block of every group together."""
+        return block_size * sum(attention.bytes_per_token(self.dtype) for attention in self.model.attentions)
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """The logprob of each token after the first. Only before ``start``."""
+        if self._runner is not None:
+            raise RuntimeError("score() replaces the KV cache: call it before start()")
+        return self._thread.submit(score, self.model, list(token_ids), PROBE_BLOCK, self.device).result()
+
+    def start(self, cache: CacheConfig, scheduler: SchedulerConfig) -> None:
+        """Allocate the cache; plans may follow."""
+        self._runner = ModelRunner(self.model, cache, scheduler, self.dtype, self.device)
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        """Carry ``plan`` out after those submitted before."""
+        if self._runner is None:
+            raise RuntimeError("submit() before start()")
+        return self._thread.submit(self._runner.execute, plan)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return self.submit(plan).result()
+
+    def stop(self) -> None:
+        """Let the step under way end; nothing runs afterwards."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._runner = None
+        self.folder.close()
+
+
+def _eos(folder: ModelFolder, vocab_size: int) -> list[int]:
+    """The end-of-text tokens, by generation_config.json or else config.json."""
+    found = folder.generation_config.get("eos_token_id", folder.config.get("eos_token_id"))
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise ArtifactConfigError("config.json eos_token_id", token, f"token ids 0..{vocab_size - 1}")
+    return ids
+
+
+def available_memory() -> int:
+    """Bytes of memory that a cache may take without pushing others out."""
+    try:
+        with open("/proc/meminfo") as lines:  # noqa: PTH123 - a kernel file
+            facts = dict(line.split(":", 1) for line in lines)
+        return int(facts["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,93 @@
+"""The rows of the batch: persistent arrays that plans update in place. No loop over tokens anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from servekit.core.facts import KVGroup
+from servekit.core.plan import BlockAppend, RowStart, StepPlan
+from servekit.kernels.paged_attention.metadata import build_metadata
+from servekit.layers.attention import StepInputs
+
+
+@dataclass(slots=True)
+class StepArrays:
+    """A step's rows: their slots, the position of the first new token, how many, and where each ends among all."""
+
+    slots: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    lasts: np.ndarray  # index of each row's last token among the step's tokens
+
+
+class InputBatch:
+    """Token ids, block tables and positions of up to ``max_num_seqs`` requests.
+
+    Args:
+        max_num_seqs: rows.
+        max_model_len: tokens a row can hold.
+        groups: one block table each.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, max_model_len: int, block_size: int, groups: list[KVGroup], device: torch.device
+    ) -> None:
+        self.block_size = block_size
+        self.groups = groups
+        self.device = device
+        max_blocks = -(-max_model_len // block_size)
+        self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int64)
+        self.num_tokens = np.zeros(max_num_seqs, np.int64)
+        self.num_computed = np.zeros(max_num_seqs, np.int64)
+        self.num_prompt = np.zeros(max_num_seqs, np.int64)
+        self.tables = [np.zeros((max_num_seqs, max_blocks), np.int32) for _ in groups]
+        self.table_lengths = [np.zeros(max_num_seqs, np.int64) for _ in groups]
+
+    def start(self, row: RowStart) -> None:
+        slot, count = row.slot, len(row.token_ids)
+        self.token_ids[slot, :count] = row.token_ids
+        self.num_tokens[slot] = count
+        self.num_computed[slot] = row.num_computed_tokens
+        self.num_prompt[slot] = row.num_prompt_tokens
+        for group, blocks in enumerate(row.blocks):
+            self.table_lengths[group][slot] = 0
+            self.append(BlockAppend(slot, group, blocks))
+
+    def append(self, append: BlockAppend) -> None:
+        lengths = self.table_lengths[append.group]
+        first = lengths[append.slot]
+        last = first + len(append.blocks)
+        self.tables[append.group][append.slot, first:last] = append.blocks
+        lengths[append.slot] = last
+
+    def extend(self, slot: int, token_ids: list[int]) -> None:
+        """Tokens that exist now: sampled ones, or drafts to be verified."""
+        first = self.num_tokens[slot]
+        self.token_ids[slot, first : first + len(token_ids)] = token_ids
+        self.num_tokens[slot] = first + len(token_ids)
+
+    def arrays(self, plan: StepPlan) -> StepArrays:
+        slots, counts = np.asarray(plan.slots), np.asarray(plan.num_tokens)
+        return StepArrays(slots, self.num_computed[slots], counts, np.cumsum(counts) - 1)
+
+    def inputs(self, step: StepArrays) -> StepInputs:
+        """What the model reads for the tokens of ``step``."""
+        row_of = np.repeat(np.arange(len(step.slots)), step.counts)
+        firsts = step.lasts + 1 - step.counts
+        positions = np.arange(len(row_of)) - firsts[row_of] + step.starts[row_of]
+        token_ids = self.token_ids[step.slots[row_of], positions]
+        attention = [
+            build_metadata(table[step.slots], step.starts, step.counts, self.block_size, group.window, self.device)
+            for group, table in zip(self.groups, self.tables, strict=True)
+        ]
+        return StepInputs(
+            torch.from_numpy(token_ids).to(self.device), torch.from_numpy(positions).to(self.device), attention
+        )
+
+    def following(self, step: StepArrays, row: int) -> np.ndarray:
+        """The prompt tokens that stand after the tokens which ``row`` computes in ``step``."""
+        slot, start, count = step.slots[row], step.starts[row], step.counts[row]
+        return self.token_ids[slot, start + 1 : min(start + count + 1, self.num_prompt[slot])]

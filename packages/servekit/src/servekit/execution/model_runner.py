@@ -1,0 +1,139 @@
+"""One rank's share of a step: apply the plan, run the model, sample, and say what came out."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from servekit.core.config import CacheConfig, SchedulerConfig
+from servekit.core.plan import RowStart, StepPlan, StepResult, TokenLogprob
+from servekit.execution.input_batch import InputBatch, StepArrays
+from servekit.execution.sampler import Sampler
+from servekit.kernels.kv_write import copy_blocks
+from servekit.layers.attention import StepInputs
+from servekit.models.registry import CausalModel
+from servekit.sampling.parameters import SamplingParams
+
+PROMPT_LOGPROB_ROWS = 256  # positions whose logits exist at a time
+
+
+class ModelRunner:
+    """The model, its KV cache and the rows of the batch.
+
+    Args:
+        model: loaded.
+        cache: how many blocks, of what size.
+        scheduler: how many rows, of what length.
+        kv_dtype: of keys and values.
+    """
+
+    def __init__(
+        self,
+        model: CausalModel,
+        cache: CacheConfig,
+        scheduler: SchedulerConfig,
+        kv_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.batch = InputBatch(
+            scheduler.max_num_seqs, scheduler.max_model_len, cache.block_size, model.kv_groups, device
+        )
+        self.sampler = Sampler(model.vocab_size, scheduler.max_num_seqs, device)
+        self._prompt_logprobs: dict[int, int] = {}  # slot -> how many of the most likely
+        for attention in model.attentions:
+            attention.bind(cache.num_blocks, cache.block_size, kv_dtype, device)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Carry ``plan`` out, in the order that ``servekit.core.plan`` states."""
+        self._apply(plan)
+        if not plan.slots:
+            return StepResult(plan.step, [])
+        step = self.batch.arrays(plan)
+        hidden = self.model.forward(self.batch.inputs(step))
+        prompt_logprobs = self._prompt_logprobs_of(step, hidden)
+        self.batch.num_computed[step.slots] += step.counts
+        return self._sample(plan, step, hidden, prompt_logprobs)
+
+    def _apply(self, plan: StepPlan) -> None:
+        for slot in plan.ends:
+            self.sampler.remove_row(slot)
+            self._prompt_logprobs.pop(slot, None)
+        self._copy(plan.copies)
+        for row in plan.starts:
+            self.batch.start(row)
+            prompt, output = row.token_ids[: row.num_prompt_tokens], row.token_ids[row.num_prompt_tokens :]
+            self.sampler.add_row(row.slot, row.sampling, prompt, output, row.eos_token_ids)
+            if row.sampling.prompt_logprobs is not None:
+                self._prompt_logprobs[row.slot] = row.sampling.prompt_logprobs
+        for append in plan.appends:
+            self.batch.append(append)
+        for slot, drafts in plan.drafts.items():
+            self.batch.extend(slot, drafts)
+
+    def _copy(self, copies: list[tuple[int, int, int]]) -> None:
+        for group in {group for group, _, _ in copies}:
+            pairs = torch.tensor([(source, target) for g, source, target in copies if g == group], device=self.device)
+            for attention in self.model.attentions:
+                if attention.group == group:
+                    copy_blocks(attention.cache, pairs[:, 0], pairs[:, 1])
+
+    def _sample(
+        self, plan: StepPlan, step: StepArrays, hidden: Tensor, prompt_logprobs: dict[int, list[TokenLogprob]]
+    ) -> StepResult:
+        rows = np.flatnonzero(plan.samples)
+        if not len(rows):
+            return StepResult(plan.step, [], prompt_logprobs=prompt_logprobs)
+        lasts = torch.from_numpy(step.lasts[rows]).to(self.device)
+        logits = self.model.logits(hidden if len(lasts) == len(hidden) else hidden.index_select(0, lasts))
+        slots = step.slots[rows].tolist()
+        output = self.sampler.sample(logits, slots)
+        tokens: list[list[int]] = []
+        for slot, token in zip(slots, output.token_ids, strict=True):
+            tokens.append([] if slot in output.errors else [token])
+            self.batch.extend(slot, [max(token, 0)])
+        return StepResult(
+            plan.step,
+            tokens,
+            logprobs={slot: [entry] for slot, entry in output.logprobs.items()},
+            prompt_logprobs=prompt_logprobs,
+            errors=output.errors,
+        )
+
+    def _prompt_logprobs_of(self, step: StepArrays, hidden: Tensor) -> dict[int, list[TokenLogprob]]:
+        if not self._prompt_logprobs:
+            return {}
+        found: dict[int, list[TokenLogprob]] = {}
+        for row, slot in enumerate(step.slots.tolist()):
+            targets = self.batch.following(step, row).tolist() if slot in self._prompt_logprobs else []
+            if targets:
+                first = int(step.lasts[row] + 1 - step.counts[row])
+                states = hidden[first : first + len(targets)]
+                found[slot] = self._entries(states, targets, self._prompt_logprobs[slot])
+        return found
+
+    def _entries(self, states: Tensor, targets: list[int], top: int) -> list[TokenLogprob]:
+        entries: list[TokenLogprob] = []
+        for first in range(0, len(targets), PROMPT_LOGPROB_ROWS):
+            part = slice(first, first + PROMPT_LOGPROB_ROWS)
+            entries += self.sampler.prompt_logprobs(self.model.logits(states[part]), targets[part], top)
+        return entries
+
+
+@torch.inference_mode()
+def score(model: CausalModel, token_ids: list[int], block_size: int, device: torch.device) -> list[float]:
+    """The logprob of each token after the first, by a cache that lives only for this call."""
+    num_blocks = -(-len(token_ids) // block_size)
+    for attention in model.attentions:
+        attention.bind(num_blocks + 1, block_size, torch.float32, device)
+    batch = InputBatch(1, len(token_ids), block_size, model.kv_groups, device)
+    blocks = [list(range(1, num_blocks + 1)) for _ in model.kv_groups]
+    batch.start(RowStart(0, "probe", token_ids, len(token_ids), 0, blocks, SamplingParams(), []))
+    step = batch.arrays(StepPlan(0, [0], [len(token_ids)], [False]))
+    inputs: StepInputs = batch.inputs(step)
+    logits = model.logits(model.forward(inputs)[:-1])
+    targets = torch.tensor(token_ids[1:], device=device)
+    return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0].tolist()

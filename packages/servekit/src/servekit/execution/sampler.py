@@ -1,0 +1,236 @@
+"""From logits to tokens, for a whole batch at once.
+
+The order, which vLLM's users know: masks (allowed tokens, bad words, min_tokens, grammar), logit_bias, penalties,
+temperature, min-p, top-k, top-p, typical. Logprobs are of the model's own distribution, before any of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from servekit.core.plan import TokenLogprob
+from servekit.execution import sampling_ops as ops
+from servekit.execution.logits_processors import LogitsProcessor, make_processors
+from servekit.sampling.parameters import SamplingParams
+
+NO_TOKEN = -1
+
+
+class Grammar(Protocol):
+    """What a structured output allows next."""
+
+    def allowed(self) -> Tensor:
+        """``[vocab]`` bool."""
+
+    def accept(self, token_id: int) -> None: ...
+
+
+@dataclass(slots=True)
+class SampleOutput:
+    """``token_ids`` in the order of the slots asked for, ``NO_TOKEN`` for those in ``errors``."""
+
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class SamplerRow:
+    """What the sampler remembers of one request."""
+
+    params: SamplingParams
+    prompt_ids: Sequence[int]
+    output_ids: list[int]
+    banned_early: list[int]  # until min_tokens are out
+    seed: int
+    grammar: Grammar | None
+    processors: list[LogitsProcessor]
+    counts: Tensor | None = None  # [vocab] float32, of the output
+    in_prompt: Tensor | None = None  # [vocab] bool
+
+    @property
+    def edits(self) -> bool:
+        """Whether its logits need work that is done row by row."""
+        p = self.params
+        return bool(
+            p.logit_bias
+            or p.allowed_token_ids
+            or p.bad_words_token_ids
+            or self.grammar
+            or self.processors
+            or len(self.output_ids) < p.min_tokens
+        )
+
+
+class Sampler:
+    """Parameters of all slots in tensors that are updated in place; one row a request."""
+
+    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device | str = "cpu") -> None:
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self._rows: dict[int, SamplerRow] = {}
+        self._columns = {
+            name: np.full(max_num_seqs, neutral, np.float32)
+            for name, neutral in (
+                ("temperature", 0.0),
+                ("top_p", 1.0),
+                ("min_p", 0.0),
+                ("typical_p", 1.0),
+                ("presence_penalty", 0.0),
+                ("frequency_penalty", 0.0),
+                ("repetition_penalty", 1.0),
+            )
+        }
+        self._top_k = np.full(max_num_seqs, vocab_size, np.int64)
+
+    def add_row(
+        self,
+        slot: int,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        output_ids: Sequence[int],
+        eos_token_ids: Sequence[int],
+        grammar: Grammar | None = None,
+    ) -> None:
+        """A request takes ``slot``; ``output_ids`` is what it generated before a preemption."""
+        for name, column in self._columns.items():
+            column[slot] = getattr(params, name)
+        self._top_k[slot] = params.top_k if params.top_k > 0 else self.vocab_size
+        row = SamplerRow(
+            params,
+            prompt_ids,
+            list(output_ids),
+            [*params.stop_token_ids, *([] if params.ignore_eos else eos_token_ids)],
+            ops.seed_of(params.seed),
+            grammar,
+            make_processors(params),
+        )
+        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
+            row.counts = ops.count_tokens(row.output_ids, self.vocab_size, self.device)
+            row.in_prompt = ops.count_tokens(prompt_ids, self.vocab_size, self.device) > 0
+        self._rows[slot] = row
+
+    def remove_row(self, slot: int) -> None:
+        del self._rows[slot]
+
+    def sample(self, logits: Tensor, slots: Sequence[int]) -> SampleOutput:
+        """One token for each slot.
+
+        Args:
+            logits: ``[len(slots), vocab]`` float32, as the model made them; not changed.
+        """
+        rows = [self._rows[slot] for slot in slots]
+        errors: dict[int, str] = {}
+        raw = logits
+        logits = self._edited(logits, slots, rows, errors)
+        logits = self._penalised(logits, slots, rows)
+        highest, greedy = logits.max(dim=-1)
+        tokens = self._drawn(logits, np.asarray(slots), rows, greedy).tolist()
+        for index, fine in enumerate(torch.isfinite(highest).tolist()):
+            if not fine:
+                errors.setdefault(slots[index], "no token can follow: the model's output is not a number")
+        output = SampleOutput(tokens, errors=errors)
+        self._accept(output, slots, rows)
+        output.logprobs = self._logprobs(raw, output, slots, rows)
+        return output
+
+    def _edited(self, logits: Tensor, slots: Sequence[int], rows: list[SamplerRow], errors: dict[int, str]) -> Tensor:
+        """A copy with the masks and biases of the rows that have some; a row whose own edits fail gets an error."""
+        editing = [i for i, row in enumerate(rows) if row.edits]
+        if not editing:
+            return logits
+        logits = logits.clone()
+        for i in editing:
+            try:
+                logits[i] = ops.edit_row(logits[i], rows[i])
+            except Exception as error:  # noqa: BLE001 - one request's own processors and grammar: it alone ends
+                errors[slots[i]] = f"{type(error).__name__} in this request's logits"
+        return logits
+
+    def _penalised(self, logits: Tensor, slots: Sequence[int], rows: list[SamplerRow]) -> Tensor:
+        index = [i for i, row in enumerate(rows) if row.counts is not None]
+        if not index:
+            return logits
+        counts = torch.stack([rows[i].counts for i in index])  # type: ignore[misc]
+        in_prompt = torch.stack([rows[i].in_prompt for i in index])  # type: ignore[misc]
+        at = [slots[i] for i in index]
+        presence, frequency, repetition = (
+            self._column(name, at) for name in ("presence_penalty", "frequency_penalty", "repetition_penalty")
+        )
+        out = logits.clone()
+        out[index] = ops.penalise(logits[index], counts, in_prompt, presence, frequency, repetition)
+        return out
+
+    def _column(self, name: str, slots: Sequence[int] | np.ndarray) -> Tensor:
+        return torch.from_numpy(self._columns[name][slots])[:, None].to(self.device)
+
+    def _drawn(self, logits: Tensor, slots: np.ndarray, rows: list[SamplerRow], greedy: Tensor) -> Tensor:
+        """Greedy rows keep their most likely token, the others draw."""
+        drawing = np.flatnonzero(self._columns["temperature"][slots] > 0)
+        if not len(drawing):
+            return greedy
+        at = slots[drawing]
+        chosen = logits if len(drawing) == len(slots) else logits[torch.from_numpy(drawing).to(self.device)]
+        chosen = chosen / self._column("temperature", at)
+        if (self._columns["min_p"][at] > 0).any():
+            chosen = ops.keep_min_p(chosen, self._column("min_p", at))
+        top_k, top_p = self._top_k[at], self._columns["top_p"][at]
+        if (top_k < self.vocab_size).any() or (top_p < 1).any():
+            chosen = ops.keep_top(chosen, torch.from_numpy(top_k).to(self.device), self._column("top_p", at))
+        if (self._columns["typical_p"][at] < 1).any():
+            chosen = ops.keep_typical(chosen, self._column("typical_p", at))
+        uniforms = [ops.uniform(rows[i].seed, len(rows[i].output_ids)) for i in drawing]
+        tokens = greedy.clone()
+        tokens[torch.from_numpy(drawing).to(self.device)] = ops.draw(chosen, torch.tensor(uniforms, device=self.device))
+        return tokens
+
+    def _accept(self, output: SampleOutput, slots: Sequence[int], rows: list[SamplerRow]) -> None:
+        for index, (slot, row) in enumerate(zip(slots, rows, strict=True)):
+            token = output.token_ids[index]
+            if slot not in output.errors and row.grammar:
+                try:
+                    row.grammar.accept(token)
+                except Exception as error:  # noqa: BLE001 - this request's own grammar: it alone ends
+                    output.errors[slot] = f"{type(error).__name__} in this request's grammar"
+            if slot in output.errors:
+                output.token_ids[index] = NO_TOKEN
+                continue
+            row.output_ids.append(token)
+            if row.counts is not None:
+                row.counts[token] += 1
+
+    def _logprobs(
+        self, raw: Tensor, output: SampleOutput, slots: Sequence[int], rows: list[SamplerRow]
+    ) -> dict[int, TokenLogprob]:
+        wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None and slots[i] not in output.errors]
+        if not wanted:
+            return {}
+        counts = [rows[i].params.logprobs or 0 for i in wanted]
+        entries = token_logprobs(raw[wanted], [output.token_ids[i] for i in wanted], counts)
+        return {slots[i]: entry for i, entry in zip(wanted, entries, strict=True)}
+
+    @staticmethod
+    def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], top_k: int) -> list[TokenLogprob]:
+        """Entries for prompt positions: ``logits`` ``[positions, vocab]`` and the token that stands after each."""
+        return token_logprobs(logits, target_ids, [top_k] * len(target_ids))
+
+
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: Sequence[int]) -> list[TokenLogprob]:
+    """The logprob and rank of each row's token, and its ``top[i]`` most likely ones."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
+    ranks = (logprobs > chosen).sum(dim=1) + 1
+    most = max(top)
+    values, ids = logprobs.topk(most) if most else (logprobs[:, :0], ranks[:, None][:, :0])
+    return [
+        TokenLogprob(token, value, rank, list(zip(row_ids[:count], row_values[:count], strict=True)))
+        for token, value, rank, row_ids, row_values, count in zip(
+            token_ids, chosen[:, 0].tolist(), ranks.tolist(), ids.tolist(), values.tolist(), top, strict=True
+        )
+    ]

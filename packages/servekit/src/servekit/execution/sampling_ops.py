@@ -1,0 +1,143 @@
+"""The operations of the sampler on ``[rows, vocab]`` float32; a row comes out the same whatever is beside it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from servekit.execution.sampler import SamplerRow
+
+OUT = float("-inf")
+LOOKED_AT = 1024  # most likely tokens that top-p looks at before it sorts them all
+MASK64 = (1 << 64) - 1
+
+
+def seed_of(seed: int | None) -> int:
+    return secrets.randbits(64) if seed is None else seed & MASK64
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) for the token at ``position`` of the output: a hash, so nothing else changes it.
+
+    Source: SplitMix64, Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    return (_mix(_mix(seed) ^ (position * 0x9E3779B97F4A7C15 & MASK64)) >> 11) * 2.0**-53
+
+
+def _mix(z: int) -> int:
+    z = (z + 0x9E3779B97F4A7C15) & MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
+    return z ^ (z >> 31)
+
+
+def count_tokens(token_ids: Sequence[int], vocab_size: int, device: torch.device) -> Tensor:
+    """How often each token occurs: ``[vocab]`` float32."""
+    ids = torch.tensor(list(token_ids), dtype=torch.int64, device=device)
+    return torch.bincount(ids, minlength=vocab_size).float()
+
+
+def edit_row(logits: Tensor, row: SamplerRow) -> Tensor:
+    """One row's masks, biases and processors; ``logits`` is ``[vocab]`` and may be changed."""
+    params = row.params
+    if params.allowed_token_ids:
+        kept = torch.full_like(logits, OUT)
+        kept[params.allowed_token_ids] = logits[params.allowed_token_ids]
+        logits = kept
+    for word in params.bad_words_token_ids or ():
+        start = len(word) - 1
+        if start == 0 or row.output_ids[-start:] == word[:-1]:
+            logits[word[-1]] = OUT
+    if len(row.output_ids) < params.min_tokens and row.banned_early:
+        logits[row.banned_early] = OUT
+    if row.grammar:
+        logits = logits.masked_fill(~row.grammar.allowed(), OUT)
+    if params.logit_bias:
+        logits[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+    for processor in row.processors:
+        logits = processor(row.prompt_ids, row.output_ids, logits)
+    return logits
+
+
+def penalise(
+    logits: Tensor, counts: Tensor, in_prompt: Tensor, presence: Tensor, frequency: Tensor, repetition: Tensor
+) -> Tensor:
+    """OpenAI's presence and frequency penalties on the output; CTRL's repetition penalty on prompt and output.
+
+    Args:
+        counts: ``[rows, vocab]`` occurrences in the output.
+        in_prompt: ``[rows, vocab]`` bool.
+        presence, frequency, repetition: ``[rows, 1]``.
+    """
+    seen = in_prompt | (counts > 0)
+    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(seen, scaled, logits)
+    return logits - frequency * counts - presence * (counts > 0)
+
+
+def keep_min_p(logits: Tensor, min_p: Tensor) -> Tensor:
+    """Drop tokens less likely than ``min_p`` times the most likely one."""
+    probabilities = logits.softmax(dim=-1)
+    return logits.masked_fill(probabilities < min_p * probabilities.amax(dim=-1, keepdim=True), OUT)
+
+
+def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Keep the ``top_k`` most likely tokens, and of these the smallest set whose share reaches ``top_p``.
+
+    Args:
+        top_k: ``[rows]`` int64, 1..vocab.
+        top_p: ``[rows, 1]`` in (0, 1].
+
+    Cost: a partial sort where ``LOOKED_AT`` tokens suffice for every row, else a full one.
+    """
+    vocab = logits.shape[-1]
+    if vocab > LOOKED_AT:
+        values, ids = logits.topk(LOOKED_AT)
+        kept = _kept(values, logits, top_k, top_p)
+        narrow = (top_k < LOOKED_AT) | ~kept[:, -1]
+        if bool((narrow | _keeps_all(top_k, top_p, vocab)).all()):
+            out = torch.full_like(logits, OUT).scatter(1, ids, values.masked_fill(~kept, OUT))
+            return torch.where(_keeps_all(top_k, top_p, vocab)[:, None], logits, out)
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    kept = _kept(values, logits, top_k, top_p)
+    return torch.full_like(logits, OUT).scatter(1, ids, values.masked_fill(~kept, OUT))
+
+
+def _keeps_all(top_k: Tensor, top_p: Tensor, vocab: int) -> Tensor:
+    return (top_k >= vocab) & (top_p[:, 0] >= 1)
+
+
+def _kept(values: Tensor, logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Which of the sorted ``values`` stay: those within k whose predecessors have not reached p yet."""
+    within = torch.arange(values.shape[-1], device=values.device) < top_k[:, None]
+    limited = values.masked_fill(~within, OUT).logsumexp(dim=-1, keepdim=True)
+    total = torch.where(top_k[:, None] <= values.shape[-1], limited, logits.logsumexp(dim=-1, keepdim=True))
+    before = (values - total).exp().cumsum(dim=-1)
+    before = torch.cat((torch.zeros_like(before[:, :1]), before[:, :-1]), dim=-1)
+    return within & ((before < top_p) | (top_p >= 1))
+
+
+def keep_typical(logits: Tensor, typical_p: Tensor) -> Tensor:
+    """Keep the tokens whose surprise is nearest the distribution's own, up to a share (Meister et al. 2022)."""
+    logprobs = logits.log_softmax(dim=-1)
+    probabilities = logprobs.exp()
+    entropy = -(probabilities * logprobs.clamp(min=-1e4)).sum(dim=-1, keepdim=True)
+    order = (logprobs.clamp(min=-1e4) + entropy).abs().argsort(dim=-1, stable=True)
+    sorted_share = probabilities.gather(1, order).cumsum(dim=-1)
+    before = torch.cat((torch.zeros_like(sorted_share[:, :1]), sorted_share[:, :-1]), dim=-1)
+    drop = (before >= typical_p) & (typical_p < 1)
+    return logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), OUT)
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """The token at which the running sum of each row's probabilities passes its uniform number: ``[rows]`` int64."""
+    sums = logits.softmax(dim=-1).double().cumsum(dim=-1)
+    wanted = uniforms.double()[:, None] * sums[:, -1:]
+    tokens = torch.searchsorted(sums, wanted, right=True)
+    last = torch.searchsorted(sums, sums[:, -1:])  # where rounding would step past the last possible token
+    return torch.minimum(tokens, last)[:, 0]
