@@ -139,5 +139,5 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     sums = logits.softmax(dim=-1).double().cumsum(dim=-1)
     wanted = uniforms.double()[:, None] * sums[:, -1:]
     tokens = torch.searchsorted(sums, wanted, right=True)
-    last = torch.searchsorted(sums, sums[:, -1:])  # where rounding would step past the last possible token
+    last = torch.searchsorted(sums, sums[:, -1:].contiguous())  # where rounding would step past the last possible token
     return torch.minimum(tokens, last)[:, 0]

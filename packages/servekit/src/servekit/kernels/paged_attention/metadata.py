@@ -92,7 +92,7 @@ def _add_decodes(
     if not seen.all():
         metadata.decode_mask = torch.from_numpy(seen).to(device)
         places = np.where(seen, places, 0)
-    metadata.decode_places = torch.from_numpy(places).to(device)
+    metadata.decode_places = torch.from_numpy(np.ascontiguousarray(places)).to(device)
 
 
 def _chunk_mask(start: int, end: int, window: int) -> np.ndarray | None:

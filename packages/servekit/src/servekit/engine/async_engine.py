@@ -1,0 +1,286 @@
+"""The engine for servers: its loop in a process of its own, its answers as async streams."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from common_platform import errors
+from common_platform.errors import EngineDead, PlatformError, RequestError
+from servekit.core.facts import ModelFacts
+from servekit.core.stats import SchedulerStats
+from servekit.engine import messages as m
+from servekit.engine.config import EngineConfig
+from servekit.engine.output import OutputProcessor, RequestOutput
+from servekit.engine.tokenizer import Tokenizer
+from servekit.engine.validate import EngineRequest, validate
+from servekit.sampling.parameters import SamplingParams
+
+STOP_LIMIT_S = 10.0
+ASK_LIMIT_S = 30.0
+
+
+def rebuilt(about: dict[str, Any]) -> PlatformError:
+    """An error that another process described, as the class it was there."""
+    kind = getattr(errors, str(about.get("type")), PlatformError)
+    if not (isinstance(kind, type) and issubclass(kind, PlatformError)):
+        kind = PlatformError
+    error: PlatformError = kind(
+        about.get("param"),
+        about.get("value"),
+        about.get("limit"),
+        code=about.get("code"),
+        flag=about.get("flag"),
+        message=about.get("message"),
+    )
+    return error
+
+
+class RequestStream:
+    """The outputs of one request as they come. Leaving early ends the request in the engine."""
+
+    def __init__(self, engine: AsyncEngine, request: EngineRequest) -> None:
+        self.request = request
+        self._engine = engine
+        self._queue: asyncio.Queue[RequestOutput | PlatformError] = asyncio.Queue()
+        self._done = False
+
+    def put(self, news: RequestOutput | PlatformError) -> None:
+        self._queue.put_nowait(news)
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        """The next output.
+
+        Raises:
+            EngineDead: the engine has stopped; RequestError: it refused the request after all.
+        """
+        if self._done:
+            raise StopAsyncIteration
+        news = await self._queue.get()
+        if isinstance(news, PlatformError):
+            self._done = True
+            raise news
+        self._done = news.finished
+        return news
+
+    async def aclose(self) -> None:
+        """Nobody listens any more."""
+        if not self._done:
+            self._done = True
+            await self._engine.abort(self.request.request_id)
+
+
+class AsyncEngine:
+    """Made by ``await AsyncEngine.from_config(config)``; ended by ``await engine.shutdown()``."""
+
+    facts: ModelFacts
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.tokenizer = Tokenizer.from_folder(config.model)
+        self.dead: EngineDead | None = None
+        self._outputs = OutputProcessor(self.tokenizer)
+        self._streams: dict[str, RequestStream] = {}
+        self._answers: dict[int, asyncio.Future[m.Answer]] = {}
+        self._numbers = itertools.count()
+        self._folder = Path(tempfile.mkdtemp(prefix="servekit-"))  # mode 0700
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._process: asyncio.subprocess.Process | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    @classmethod
+    async def from_config(cls, config: EngineConfig) -> AsyncEngine:
+        """Start the engine's process and wait until its model is loaded and proven.
+
+        Raises:
+            ArtifactError, ConfigError: what the engine refused, as it was there.
+            EngineDead: the process ended without a word.
+        """
+        engine = cls(config)
+        try:
+            await engine._start()
+        except BaseException:
+            await engine.shutdown()
+            raise
+        return engine
+
+    async def _start(self) -> None:
+        address = f"ipc://{self._folder / 'engine'}"
+        self._socket.bind(address)
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "servekit.engine.process", address, start_new_session=True
+        )
+        await self._send(m.Start(self.config))
+        self._tasks.append(asyncio.create_task(self._watch()))
+        receive = asyncio.ensure_future(self._receive())
+        ended = asyncio.ensure_future(self._process.wait())
+        await asyncio.wait({receive, ended}, return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if not receive.done():
+            await asyncio.wait({receive}, timeout=1.0)  # its last words
+        if not receive.done():
+            receive.cancel()
+            raise EngineDead(message=f"the engine's process ended with status {self._process.returncode} while loading")
+        first = receive.result()
+        if isinstance(first, m.Failed):
+            raise rebuilt(first.error)
+        if not isinstance(first, m.Ready):
+            raise EngineDead(message="the engine's process did not say that it is ready")
+        self.facts = first.facts
+        self._tasks.append(asyncio.create_task(self._listen()))
+
+    async def _send(self, message: m.ToEngine) -> None:
+        await self._socket.send(m.encode(message))
+
+    async def _receive(self) -> m.FromEngine:
+        return m.decode_from_engine(await self._socket.recv())
+
+    # --- requests ---
+
+    async def add_request(
+        self, request_id: str, prompt: str | Sequence[int], params: SamplingParams, **about: Any
+    ) -> RequestStream:
+        """Check a request and send it to the engine.
+
+        Args:
+            about: ``priority``, ``tenant``, ``cache_salt``, ``timeout_s``, ``add_special_tokens``, ``param``: as
+                ``validate`` takes them.
+
+        Raises:
+            RequestError: it cannot be served.
+            EngineDead: nothing can.
+        """
+        self._raise_if_dead()
+        request = validate(request_id, prompt, params, self.facts, self.tokenizer, **about)
+        if request_id in self._streams:
+            raise RequestError("request_id", request_id, "an id that is not in use", code="conflict")
+        stream = RequestStream(self, request)
+        self._streams[request_id] = stream
+        self._outputs.add(request, prompt if isinstance(prompt, str) else None)
+        await self._send(m.Add(request))
+        return stream
+
+    async def abort(self, request_id: str) -> None:
+        """End a request, wherever it is; unknown ids are requests that have ended."""
+        self._streams.pop(request_id, None)
+        sequence_ids = self._outputs.forget(request_id)
+        if sequence_ids and self.dead is None:
+            await self._send(m.Abort(sequence_ids))
+
+    async def stats(self) -> SchedulerStats:
+        answer = await self._ask("stats")
+        return answer.stats or SchedulerStats()
+
+    async def reset_prefix_cache(self) -> bool:
+        return (await self._ask("reset_prefix_cache")).done
+
+    async def _ask(self, what: str) -> m.Answer:
+        self._raise_if_dead()
+        number = next(self._numbers)
+        self._answers[number] = asyncio.get_running_loop().create_future()
+        try:
+            await self._send(m.Ask(number, what))
+            return await asyncio.wait_for(self._answers[number], ASK_LIMIT_S)
+        finally:
+            del self._answers[number]
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._streams)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.dead is None and hasattr(self, "facts") and not self._stopping
+
+    def _raise_if_dead(self) -> None:
+        if self.dead is not None:
+            raise self.dead
+
+    # --- the engine's side ---
+
+    async def _listen(self) -> None:
+        while True:
+            message = await self._receive()
+            match message:
+                case m.News(updates):
+                    shown, ended = self._outputs.process(updates)
+                    for output in shown:
+                        self._pass_on(output)
+                    if ended:
+                        await self._send(m.Abort(ended))
+                case m.Refused(request_id, error):
+                    self._outputs.forget(request_id)
+                    stream = self._streams.pop(request_id, None)
+                    if stream:
+                        stream.put(rebuilt(error))
+                case m.Answer(number):
+                    future = self._answers.get(number)
+                    if future and not future.done():
+                        future.set_result(message)
+                case _:
+                    raise EngineDead(message=f"the engine said {type(message).__name__} out of turn")
+
+    def _pass_on(self, output: RequestOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            return
+        stream.put(output)
+        if output.finished:
+            del self._streams[output.request_id]
+
+    async def _watch(self) -> None:
+        """The moment the process ends, everybody who waits for it learns so."""
+        if self._process is None:
+            return
+        status = await self._process.wait()
+        if self._stopping:
+            return
+        self.dead = EngineDead(message=f"the engine has stopped (status {status}); requests in flight are lost")
+        for stream in self._streams.values():
+            stream.put(self.dead)
+        self._streams.clear()
+        self._outputs.trackers.clear()
+        for future in self._answers.values():
+            if not future.done():
+                future.set_exception(self.dead)
+
+    async def shutdown(self) -> None:
+        """End the process and leave nothing behind. Requests still in flight get EngineDead."""
+        self._stopping = True
+        dead = self.dead = self.dead or EngineDead(message="the engine was shut down")
+        for stream in self._streams.values():
+            stream.put(dead)
+        self._streams.clear()
+        process = self._process
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(zmq.ZMQError):
+                await self._send(m.Stop())
+            try:
+                await asyncio.wait_for(process.wait(), STOP_LIMIT_S)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._socket.close(linger=0)
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)

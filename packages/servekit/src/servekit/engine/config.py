@@ -1,0 +1,56 @@
+"""The settings of an engine, in the words of vLLM's users."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from common_platform.errors import ConfigError
+from servekit.core.config import BLOCK_SIZES, POLICIES
+
+GIB = 1 << 30
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that is decided before the model is loaded. Plain data: it crosses to the engine's process."""
+
+    model: str  # a model folder
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    device: str = "cpu"
+    num_threads: int = 0  # 0: torch's choice
+    max_model_len: int | None = None  # tokens; None: what the model was made for
+    block_size: int = 16  # tokens per KV block
+    kv_cache_memory_bytes: int | None = None  # None: 40 % of the free memory, at most 4 GiB
+    enable_prefix_caching: bool = True
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    long_prefill_token_threshold: int = 0
+    scheduling_policy: str = "fcfs"
+    async_scheduling: bool = True
+    probe_tolerance: float | None = None  # nats; None: by dtype
+
+    def __post_init__(self) -> None:
+        self._at_least("max_num_seqs", 1)
+        self._at_least("max_num_batched_tokens", 1)
+        self._at_least("long_prefill_token_threshold", 0)
+        self._at_least("num_threads", 0)
+        if self.max_model_len is not None:
+            self._at_least("max_model_len", 2)
+        if self.kv_cache_memory_bytes is not None:
+            self._at_least("kv_cache_memory_bytes", 1)
+        self._one_of("block_size", BLOCK_SIZES)
+        self._one_of("scheduling_policy", POLICIES)
+        self._one_of("dtype", ("auto", "float32", "bfloat16", "float16"))
+
+    def _flag(self, name: str) -> str:
+        return "--" + name.replace("_", "-")
+
+    def _at_least(self, name: str, low: int) -> None:
+        value: Any = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ConfigError(name, value, f"{low} or more", flag=self._flag(name))
+
+    def _one_of(self, name: str, choices: tuple[Any, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ConfigError(name, getattr(self, name), f"one of {choices}", flag=self._flag(name))

@@ -1,0 +1,89 @@
+"""Text as it comes: never half a character, and nothing that may yet turn out to be a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from servekit.engine.tokenizer import REPLACEMENT, Tokenizer
+
+
+class Detokenizer:
+    """Turns tokens into text piece by piece; the pieces joined are the text of all tokens.
+
+    A token's text may depend on the ones before it (spaces, bytes of one character), so the last few tokens are
+    decoded again with each new one and the difference is what is new.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._ids: list[int] = []
+        self._context = 0  # where the window begins
+        self._read = 0  # tokens before this one have been given out
+        self._context_text = ""  # of the tokens from _context to _read
+
+    def add(self, token_id: int) -> str:
+        """The text that ``token_id`` completes; empty while a character is unfinished."""
+        self._ids.append(token_id)
+        text = self._decode()
+        if text.endswith(REPLACEMENT) or len(text) <= len(self._context_text):
+            return ""
+        return self._give_out(text)
+
+    def finish(self) -> str:
+        """What is left, an unfinished character as the replacement character."""
+        return self._give_out(self._decode())
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=self._skip)
+
+    def _give_out(self, text: str) -> str:
+        new = text[len(self._context_text) :]
+        self._context, self._read = self._read, len(self._ids)
+        self._context_text = self._decode() if self._context < self._read else ""
+        return new
+
+
+class StopStrings:
+    """Finds the first stop string in a text that comes in pieces, and holds back what may become one."""
+
+    def __init__(self, stop: Sequence[str], *, include: bool = False) -> None:
+        self._stop = list(stop)
+        self._include = include
+        self._held = ""
+        self.found: str | None = None
+
+    def add(self, text: str, *, may_stop: bool = True) -> str:
+        """The text that is certain to belong to the answer. After ``found`` is set there is none."""
+        if self.found is not None:
+            return ""
+        if not self._stop:
+            return text
+        text = self._held + text
+        self._held = ""
+        at = self._first(text) if may_stop else None
+        if at is not None:
+            start, self.found = at
+            return text[: start + len(self.found)] if self._include else text[:start]
+        keep = self._may_begin_at(text) if may_stop else len(text)
+        self._held = text[keep:]
+        return text[:keep]
+
+    def finish(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+    def _first(self, text: str) -> tuple[int, str] | None:
+        """The earliest end wins, as if the text were read character by character; then the longest."""
+        hits = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stop if stop in text]
+        if not hits:
+            return None
+        end, _, stop = min(hits)
+        return end - len(stop), stop
+
+    def _may_begin_at(self, text: str) -> int:
+        longest = max(len(stop) for stop in self._stop) - 1
+        for start in range(max(0, len(text) - longest), len(text)):
+            if any(stop.startswith(text[start:]) for stop in self._stop):
+                return start
+        return len(text)

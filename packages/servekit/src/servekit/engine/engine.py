@@ -1,0 +1,160 @@
+"""The engine: a scheduler, an executor, and the loop between them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import msgspec
+
+from common_platform.artifact import check_probes
+from common_platform.errors import ConfigError, RequestError
+from servekit.core.config import CacheConfig, SchedulerConfig
+from servekit.core.facts import ModelFacts
+from servekit.core.plan import StepPlan, StepResult
+from servekit.core.request import FinishReason, Request, RequestUpdate
+from servekit.core.scheduler import Scheduler
+from servekit.core.stats import SchedulerStats
+from servekit.engine.config import GIB, EngineConfig
+from servekit.engine.validate import EngineRequest
+from servekit.execution.executor import ExecutorConfig, InProcessExecutor, available_memory
+from servekit.sampling.parameters import SamplingParams
+
+PROBE_TOLERANCE = {"float32": 2e-3}  # nats; trainer and server sum in another order
+PROBE_TOLERANCE_LOW_PRECISION = 0.25
+CACHE_SHARE, CACHE_MOST = 0.4, 4 * GIB  # of the free memory, unless told otherwise
+
+
+class EngineCore:
+    """Loads a model, proves it, and serves requests step by step. Not thread-safe: one loop owns it.
+
+    Raises:
+        ArtifactError: the model folder is damaged, or is not the model it says it is.
+        ConfigError: a setting does not fit the model or the memory.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        executor = ExecutorConfig(
+            dtype=config.dtype,
+            device=config.device,
+            num_threads=config.num_threads,
+            max_model_len=config.max_model_len or 0,
+        )
+        self.executor = InProcessExecutor(config.model, executor)
+        self._prove(config)
+        cache, max_model_len = self._size_cache(config)
+        self.facts: ModelFacts = msgspec.structs.replace(self.executor.model_facts, max_model_len=max_model_len)
+        scheduler = SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            long_prefill_token_threshold=config.long_prefill_token_threshold,
+            policy=config.scheduling_policy,
+            async_scheduling=config.async_scheduling,
+        )
+        self.cache = cache
+        self.scheduler = Scheduler(scheduler, cache, self.executor.kv_groups)
+        self.executor.start(cache, scheduler)
+        self._depth = 2 if config.async_scheduling else 1
+        self._under_way: deque[tuple[StepPlan, Future[StepResult]]] = deque()
+
+    def _prove(self, config: EngineConfig) -> None:
+        manifest = self.executor.folder.manifest
+        if manifest is None:
+            return
+        tolerance = config.probe_tolerance
+        if tolerance is None:
+            tolerance = PROBE_TOLERANCE.get(self.executor.model_facts.dtype, PROBE_TOLERANCE_LOW_PRECISION)
+        check_probes(manifest.probes, self.executor.score, tolerance=tolerance)
+
+    def _size_cache(self, config: EngineConfig) -> tuple[CacheConfig, int]:
+        """Blocks for the memory given, and the context that fits them."""
+        wanted = self.executor.model_facts.max_model_len
+        per_block = self.executor.bytes_per_block(config.block_size)
+        memory = config.kv_cache_memory_bytes or min(int(available_memory() * CACHE_SHARE), CACHE_MOST)
+        most = config.max_num_seqs * -(-wanted // config.block_size)  # more could not be used at once
+        num_blocks = min(memory // per_block, most)
+        room = num_blocks * config.block_size
+        if room < (wanted if config.max_model_len else config.block_size):
+            raise ConfigError(
+                "kv_cache_memory_bytes",
+                memory,
+                f"{-(-wanted // config.block_size) * per_block} or more for max_model_len={wanted}",
+                flag="--kv-cache-memory-bytes or --max-model-len",
+            )
+        cache = CacheConfig(
+            num_blocks=num_blocks + 1,
+            block_size=config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        return cache, min(wanted, room)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue all sequences of ``request``; those after the first share the prompt that the first computes.
+
+        Raises:
+            RequestError: the cache could never hold it, or its id is in use.
+        """
+        deadline = None if request.timeout_s is None else time.monotonic() + request.timeout_s
+        for index in range(request.num_sequences):
+            sequence = Request(
+                request.child_id(index),
+                request.prompt_token_ids,
+                _params_of(request, index),
+                eos_token_ids=self.facts.eos_token_ids,
+                priority=request.priority,
+                tenant=request.tenant,
+                deadline=deadline,
+                cache_salt=request.cache_salt,
+                fork_of=request.child_id(0) if index else None,
+            )
+            try:
+                self.scheduler.add(sequence)
+            except RequestError:
+                self.abort([request.child_id(i) for i in range(index)])
+                raise
+
+    def abort(self, sequence_ids: Sequence[str], reason: FinishReason = FinishReason.ABORT) -> None:
+        """End sequences from any state; unknown ids are sequences that have ended already."""
+        for sequence_id in sequence_ids:
+            self.scheduler.abort(sequence_id, reason)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._under_way)
+
+    def step(self) -> list[RequestUpdate]:
+        """Plan as far ahead as allowed, wait for the oldest step, and return all news."""
+        while len(self._under_way) < self._depth:
+            plan = self.scheduler.plan_step()
+            if not plan.slots and not plan.ends:
+                break
+            self._under_way.append((plan, self.executor.submit(plan)))
+        if self._under_way:
+            plan, future = self._under_way.popleft()
+            self.scheduler.finish_step(plan, future.result())
+        return self.scheduler.take_updates()
+
+    def stats(self) -> SchedulerStats:
+        return self.scheduler.stats()
+
+    def reset_prefix_cache(self) -> bool:
+        return self.scheduler.reset_prefix_cache()
+
+    def stop(self) -> None:
+        """End the loop for good; what is under way is waited for."""
+        self.executor.stop()
+
+
+def _params_of(request: EngineRequest, index: int) -> SamplingParams:
+    """Each sequence draws by a seed of its own; best_of needs logprobs to choose by."""
+    params = request.sampling
+    changes: dict[str, Any] = {}
+    if params.seed is not None and index:
+        changes["seed"] = (params.seed + index + 2**63) % 2**64 - 2**63
+    if request.num_sequences > params.n and params.logprobs is None:
+        changes["logprobs"] = 0
+    return msgspec.structs.replace(params, **changes) if changes else params

@@ -1,0 +1,204 @@
+"""From the core's news to what callers see: text, logprobs and how each answer ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from servekit.core.plan import TokenLogprob
+from servekit.core.request import RequestEvent, RequestUpdate
+from servekit.engine.detokenizer import Detokenizer, StopStrings
+from servekit.engine.tokenizer import Tokenizer
+from servekit.engine.validate import EngineRequest
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of the ``n`` answers: everything so far, and what the last update added."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None  # one a token, where asked for
+    finish_reason: str | None = None  # stop | length | abort | timeout | error
+    stop_reason: int | str | None = None  # the stop token or string that ended it
+    error: str | None = None
+    delta_text: str = ""
+    delta_token_ids: list[int] = field(default_factory=list)
+    delta_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def mean_logprob(self) -> float:
+        entries = self.logprobs or []
+        return sum(entry.logprob for entry in entries) / max(len(entries), 1)
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request and its answers; ``outputs`` holds those that have moved, all of them once it is finished."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[TokenLogprob] | None = None  # of all prompt tokens but the first
+    num_cached_tokens: int = 0
+    events: list[RequestEvent] = field(default_factory=list)
+
+
+class _Sequence:
+    """One answer in the making."""
+
+    def __init__(self, index: int, request: EngineRequest, tokenizer: Tokenizer) -> None:
+        params = request.sampling
+        self.params = params
+        wanted = params.logprobs is not None or request.num_sequences > params.n  # best_of chooses by them
+        self.output = CompletionOutput(index, logprobs=[] if wanted else None)
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self._stop = StopStrings(params.stop, include=params.include_stop_str_in_output)
+        self._pieces: list[str] = []
+
+    def add(self, update: RequestUpdate) -> bool:
+        """Take in new tokens; True where a stop string ends the answer before the core did."""
+        output = self.output
+        output.delta_text, output.delta_token_ids, output.delta_logprobs = "", [], []
+        for index, token in enumerate(update.token_ids):
+            self._add_token(token, update.logprobs[index] if update.logprobs else None)
+            if self._stop.found is not None:
+                output.finish_reason, output.stop_reason = "stop", self._stop.found
+                break
+        stopped = self._stop.found is not None and update.finish_reason is None
+        if self._stop.found is None and update.finish_reason:
+            output.finish_reason, output.stop_reason = update.finish_reason, update.stop_reason
+            output.error = update.error
+            output.delta_text += self._stop.add(self._detokenizer.finish())
+            if self._stop.found is not None:
+                output.finish_reason, output.stop_reason = "stop", self._stop.found
+            output.delta_text += self._stop.finish()
+        self._pieces.append(output.delta_text)
+        return stopped
+
+    def _add_token(self, token: int, logprob: TokenLogprob | None) -> None:
+        output = self.output
+        output.token_ids.append(token)
+        output.delta_token_ids.append(token)
+        if logprob is not None and output.logprobs is not None:
+            output.logprobs.append(logprob)
+            output.delta_logprobs.append(logprob)
+        if not self.params.detokenize:
+            return
+        may_stop = len(output.token_ids) >= self.params.min_tokens
+        output.delta_text += self._stop.add(self._detokenizer.add(token), may_stop=may_stop)
+
+    def snapshot(self) -> CompletionOutput:
+        """A copy that later updates leave alone."""
+        made = self.output
+        return CompletionOutput(
+            made.index,
+            "".join(self._pieces),
+            list(made.token_ids),
+            None if made.logprobs is None else list(made.logprobs),
+            made.finish_reason,
+            made.stop_reason,
+            made.error,
+            made.delta_text,
+            made.delta_token_ids,
+            made.delta_logprobs,
+        )
+
+
+class RequestTracker:
+    """One request's answers, from its first token to its last."""
+
+    def __init__(self, request: EngineRequest, prompt: str | None, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.prompt = prompt
+        self.sequences = [_Sequence(i, request, tokenizer) for i in range(request.num_sequences)]
+        self._prompt_logprobs: list[TokenLogprob] | None = None
+        self._cached = 0
+        self._events: list[RequestEvent] = []
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.output.finish_reason is not None for sequence in self.sequences)
+
+    @property
+    def _picks_best(self) -> bool:
+        return self.request.num_sequences > self.request.sampling.n
+
+    def add(self, index: int, update: RequestUpdate) -> tuple[RequestOutput | None, bool]:
+        """Take in one sequence's news: what to show, if anything, and whether the core must end that sequence."""
+        sequence = self.sequences[index]
+        if sequence.output.finish_reason is not None:  # it went on for a step after a stop string
+            return None, False
+        if update.prompt_logprobs:
+            self._prompt_logprobs = update.prompt_logprobs
+        self._cached = max(self._cached, update.num_cached_tokens)
+        self._events += update.events
+        stopped = sequence.add(update)
+        if self._picks_best and not self.finished:
+            return None, stopped
+        shown = self._best() if self._picks_best else [sequence]
+        return self._output([s.snapshot() for s in shown]), stopped
+
+    def _best(self) -> Sequence[_Sequence]:
+        ranked = sorted(self.sequences, key=lambda s: -s.output.mean_logprob)[: self.request.sampling.n]
+        for index, sequence in enumerate(ranked):
+            sequence.output.index = index
+        return ranked
+
+    def _output(self, outputs: list[CompletionOutput]) -> RequestOutput:
+        wanted = self.request.sampling.prompt_logprobs is not None
+        return RequestOutput(
+            self.request.request_id,
+            self.prompt,
+            self.request.prompt_token_ids,
+            outputs,
+            self.finished,
+            (self._prompt_logprobs or []) if wanted else None,
+            self._cached,
+            list(self._events),
+        )
+
+    def final(self) -> RequestOutput:
+        """All answers, whole."""
+        shown = self._best() if self._picks_best else self.sequences
+        return self._output([sequence.snapshot() for sequence in shown])
+
+
+class OutputProcessor:
+    """The requests that somebody waits for."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.trackers: dict[str, RequestTracker] = {}
+
+    def add(self, request: EngineRequest, prompt: str | None) -> RequestTracker:
+        tracker = RequestTracker(request, prompt, self._tokenizer)
+        self.trackers[request.request_id] = tracker
+        return tracker
+
+    def forget(self, request_id: str) -> list[str]:
+        """Nobody waits any more: the ids of the sequences that the core should end."""
+        tracker = self.trackers.pop(request_id, None)
+        if tracker is None:
+            return []
+        return [tracker.request.child_id(s.output.index) for s in tracker.sequences if s.output.finish_reason is None]
+
+    def process(self, updates: Sequence[RequestUpdate]) -> tuple[list[RequestOutput], list[str]]:
+        """What to show, and the ids of sequences that a stop string ended. News of forgotten requests are dropped."""
+        shown, ended = [], []
+        for update in updates:
+            request_id, _, index = update.request_id.rpartition("#")
+            tracker = self.trackers.get(request_id)
+            if tracker is None:
+                continue
+            output, stopped = tracker.add(int(index), update)
+            if stopped:
+                ended.append(update.request_id)
+            if output is not None:
+                shown.append(output)
+            if tracker.finished:
+                del self.trackers[request_id]
+        return shown, ended

@@ -1,0 +1,156 @@
+"""Text to tokens and back, and chats to text, from the files of a model folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as RustTokenizer
+
+from common_platform.artifact import ModelFolder, open_model_folder
+from common_platform.errors import ArtifactFormatError, ArtifactMissing, RequestError
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template.
+
+    Args:
+        folder: with ``tokenizer.json``; ``tokenizer_config.json`` and ``chat_template.jinja`` where there are some.
+
+    Raises:
+        ArtifactMissing: there is no ``tokenizer.json``.
+        ArtifactFormatError: it, or the template, cannot be read.
+    """
+
+    def __init__(self, folder: ModelFolder) -> None:
+        if not folder.has("tokenizer.json"):
+            raise ArtifactMissing("tokenizer.json", "no such file", "a fast tokenizer; save one with transformers")
+        try:
+            self._tokenizer = RustTokenizer.from_buffer(folder.read_bytes("tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower
+            raise ArtifactFormatError("tokenizer.json", str(error), "a file of the tokenizers library") from error
+        self._config = folder.read_json("tokenizer_config.json") if folder.has("tokenizer_config.json") else {}
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._template = self._compile(folder)
+
+    @classmethod
+    def from_folder(cls, folder: ModelFolder | str | Path) -> Tokenizer:
+        return cls(folder if isinstance(folder, ModelFolder) else open_model_folder(folder, verify=False))
+
+    # --- tokens ---
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; ``add_special_tokens`` adds what the model expects around a prompt."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text; the replacement character where it is a part of one only."""
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> list[int]:
+        """The UTF-8 bytes of one token, also where they are not a whole character."""
+        text = self.token_text(token_id)
+        if REPLACEMENT not in text:
+            return list(text.encode())
+        piece = self._tokenizer.id_to_token(token_id) or ""
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):  # byte fallback
+            return [int(piece[3:5], 16)]
+        if all(char in _BYTE_OF for char in piece):
+            return [_BYTE_OF[char] for char in piece]
+        return list(text.encode())
+
+    # --- chats ---
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def _compile(self, folder: ModelFolder) -> Template | None:
+        source = self._config.get("chat_template")
+        if folder.has("chat_template.jinja"):
+            source = folder.read_bytes("chat_template.jinja").decode("utf-8")
+        if isinstance(source, list):  # several, by name
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        if source is None:
+            return None
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            return environment.from_string(source)
+        except TemplateError as error:
+            raise ArtifactFormatError("chat_template.jinja", str(error), "a Jinja template") from error
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt that the model was trained to see for ``messages``.
+
+        Raises:
+            RequestError: the model has no template, or its template refuses these messages.
+        """
+        if self._template is None:
+            raise RequestError(
+                "messages",
+                "a chat",
+                "completions only: this model has no chat template",
+                code="chat_template_missing",
+            )
+        special = {
+            name: token["content"] if isinstance(token, dict) else token
+            for name, token in self._config.items()
+            if name.endswith("_token") and isinstance(token, str | dict)
+        }
+        try:
+            return self._template.render(
+                messages=list(messages),
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **(special | variables),
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            message = f"messages: the model's chat template refused them: {str(error)[:160]}"
+            raise RequestError("messages", None, code="chat_template_error", message=message) from error
+
+
+def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **more: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
+
+
+def _raise(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level BPE writes bytes as (Radford et al. 2019)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
