@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ class Attention:
 
     def bind(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (2, num_blocks, block_size, self.kv_heads, self.head_dim)
-        self.cache = torch.zeros(shape, dtype=dtype, device=device)
+        self.cache = _zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         return 2 * self.kv_heads * self.head_dim * dtype.itemsize
@@ -56,3 +58,9 @@ class Attention:
         metadata = step.attention[self.group]
         kv_write(self.cache, key, value, metadata.write_places)
         return paged_attention(query, self.cache, metadata, self.scale, self.soft_cap)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose memory is taken page by page as it is first written, not all at once."""
+    flat = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(flat).view(dtype).view(shape)

@@ -95,7 +95,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 0, INT64_MAX)
             if self.min_tokens > self.max_tokens:
-                raise RequestError("min_tokens", self.min_tokens, f"0..max_tokens={self.max_tokens}", code="conflict")
+                raise RequestError(
+                    "min_tokens", self.min_tokens, f"0..max_tokens={self.max_tokens}", code="out_of_range"
+                )
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), INT64_MAX)
         for name in ("logprobs", "prompt_logprobs"):
