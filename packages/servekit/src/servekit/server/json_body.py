@@ -1,117 +1,172 @@
-"""A request's body as a JSON object, strictly: what a lenient parser would guess at is refused by name."""
+"""JSON from outside: what it says is what it is, or it is refused."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from common_platform.errors import RequestError
-from servekit.server.limits import ServerLimits
+from servekit.server.config import Limits
 
-STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
-BRACKETS = re.compile(rb"[\[\]{}]")
-SURROGATE = re.compile("[\ud800-\udfff]")
-MAX_DIGITS = 20
-PARSER_DEPTH = 400  # what Python's parser takes without exhausting its stack
-NAMES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number"}
-
-
-def json_name(value: Any) -> str:
-    return "null" if value is None else NAMES.get(type(value), "value")
+MAX_INTEGER_DIGITS = 24
+PARSER_DEPTH = 256  # deeper than this is not parsed at all, so its field has no name
+_LONG_INTEGER = re.compile(r"\d{%d}" % (MAX_INTEGER_DIGITS + 1))
+_TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]', re.DOTALL)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def parse_object(data: bytes, limits: ServerLimits) -> dict[str, Any]:
-    """The object in ``data``.
+def parse(data: bytes, limits: Limits) -> dict[str, Any]:
+    """The object in ``data``, which is UTF-8 without duplicate keys, NaN, lone surrogates or deep nesting.
 
     Raises:
-        RequestError: status 400, with one of the codes invalid_json, invalid_type, json_too_deep, duplicate_key,
-            invalid_utf8, invalid_unicode.
+        RequestError: the first fault; ``param`` is the dotted path to it where it has one.
     """
+    text = _decode(data)
+    depth = _measure(text, limits)
+    root, has_duplicates = _load(text)
+    if not isinstance(root, dict):
+        message = f"the body: got {type_name(root)}, want object: {_cut(text)}"
+        raise RequestError(code="invalid_type", message=message)
+    if depth > limits.max_json_depth:
+        raise _too_deep(_field_at_depth(root, limits.max_json_depth), depth, limits)
+    for path, value in _walk("", root) if has_duplicates else ():
+        if isinstance(value, _Duplicates):
+            raise RequestError(_join(path, value.key), "the key twice", "once", code="duplicate_key")
+    if _ESCAPED_SURROGATE.search(data):
+        _refuse_surrogates(root)
+    return root
+
+
+def type_name(value: object) -> str:
+    """The JSON name of a value's type."""
+    if value is None:
+        return "null"
+    names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array"}
+    return names.get(type(value), "object")
+
+
+def _decode(data: bytes) -> str:
     if not data.strip():
-        raise _invalid("an empty body")
+        raise RequestError(code="invalid_json", message="the body: got an empty body; allowed a JSON object")
     try:
-        text = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(None, f"byte {error.start} is not UTF-8", "UTF-8", code="invalid_utf8") from error
-    if _depth(data) > PARSER_DEPTH:
-        raise _too_deep(None, f"more than {PARSER_DEPTH} levels", limits)
+        message = f"the body: not valid UTF-8 at byte {error.start}"
+        raise RequestError(code="invalid_utf8", message=message) from error
+
+
+def _measure(text: str, limits: Limits) -> int:
+    """The depth below the outermost object, found without recursion; strings cost one regex match each."""
+    depth = deepest = nodes = 0
+    for match in _TOKENS.finditer(text):
+        first = text[match.start()]
+        if first in "]}":
+            depth -= 1
+            continue
+        nodes += 1
+        if nodes > limits.max_json_nodes:
+            message = (
+                f"the body: more than {limits.max_json_nodes} arrays, objects and strings; change with --max-json-nodes"
+            )
+            raise RequestError(code="json_too_deep", message=message)
+        if first != '"':
+            depth += 1
+            deepest = max(deepest, depth)
+            if deepest > PARSER_DEPTH:
+                raise _too_deep(None, deepest - 1, limits)
+    return deepest - 1
+
+
+def _too_deep(field: str | None, depth: int, limits: Limits) -> RequestError:
+    what = f"{field or 'the body'}: nested {depth} deep or deeper"
+    message = f"{what}; allowed {limits.max_json_depth}; change with --max-json-depth"
+    return RequestError(field, code="json_too_deep", message=message)
+
+
+def _field_at_depth(root: dict[str, Any], limit: int) -> str | None:
+    return next((name for name, value in root.items() if _depth(value) > limit), None)
+
+
+def _depth(value: Any) -> int:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if children is None else 1 + max(map(_depth, children), default=0)
+
+
+class _Duplicates(dict[str, Any]):
+    """An object with a key that stood there twice."""
+
+    key = ""
+
+
+def _load(text: str) -> tuple[Any, bool]:
+    """The value, and whether any object in it is marked as having a key twice."""
+    marked: list[_Duplicates] = []
+
+    def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) == len(pairs):
+            return made
+        marked.append(_Duplicates(made))
+        marked[-1].key = _first_repeated([key for key, _ in pairs])
+        return marked[-1]
+
+    parse_int = _integer if _LONG_INTEGER.search(text) else None
     try:
-        found = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer)
+        root = json.loads(text, object_pairs_hook=make_object, parse_constant=_constant, parse_int=parse_int)
     except json.JSONDecodeError as error:
-        raise _invalid(f"{error.msg} at character {error.pos}") from error
-    if not isinstance(found, dict):
-        raise RequestError(None, f"{json_name(found)} {str(found)[:40]}", "a JSON object", code="invalid_type")
-    _Walk(limits).check(found)
-    return found
+        at = len(text[: error.pos].encode("utf-8"))
+        raise RequestError(code="invalid_json", message=f"the body: not JSON at byte {at}: {error.msg}") from error
+    return root, bool(marked)
 
 
-def _invalid(what: str) -> RequestError:
-    return RequestError(None, what, "JSON", code="invalid_json")
-
-
-def _too_deep(param: str | None, what: str, limits: ServerLimits) -> RequestError:
-    return RequestError(param, what, f"{limits.max_json_depth}", code="json_too_deep", flag="--max-json-depth")
-
-
-def _depth(data: bytes) -> int:
-    deepest = depth = 0
-    for bracket in BRACKETS.findall(STRINGS.sub(b"", data)):
-        depth += 1 if bracket in b"[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in made:
-            raise RequestError(key, "the key twice", "each key once", code="duplicate_key")
-        made[key] = value
-    return made
-
-
-def _constant(word: str) -> Any:
-    raise _invalid(f"{word} is not JSON")
+def _first_repeated(keys: list[str]) -> str:
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            return key
+        seen.add(key)
+    raise ValueError("no key is repeated")
 
 
 def _integer(digits: str) -> int:
-    if len(digits.lstrip("-")) > MAX_DIGITS:
-        raise _invalid(f"an integer too long: {len(digits)} digits")
+    if len(digits.lstrip("-")) > MAX_INTEGER_DIGITS:
+        message = f"the body: an integer too long: {len(digits)} digits; allowed {MAX_INTEGER_DIGITS}"
+        raise RequestError(code="invalid_json", message=message)
     return int(digits)
 
 
-class _Walk:
-    """Depth, number of values, and text that is not Unicode, each with the place where it stands."""
+def _constant(word: str) -> NoReturn:
+    raise RequestError(code="invalid_json", message=f"the body: {word} is not JSON")
 
-    def __init__(self, limits: ServerLimits) -> None:
-        self._limits = limits
-        self._nodes = 0
 
-    def check(self, body: dict[str, Any]) -> None:
-        for key, value in body.items():
-            self._text(key, "")
-            self._value(value, key, 2, key)
+def _walk(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    yield path, value
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _walk(_join(path, key), child)
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _walk(f"{path}[{index}]", child)
 
-    def _value(self, value: Any, path: str, depth: int, top: str) -> None:
-        self._nodes += 1
-        if self._nodes > self._limits.max_json_nodes:
-            what, limit = "too many values", f"{self._limits.max_json_nodes} values"
-            raise RequestError(top, what, limit, code="json_too_deep", flag="--max-json-nodes")
-        if isinstance(value, str):
-            self._text(value, path)
-        elif isinstance(value, dict | list):
-            if depth > self._limits.max_json_depth:
-                raise _too_deep(top, f"{depth} levels", self._limits)
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            for key, inner in items:
-                if isinstance(key, str):
-                    self._text(key, path)
-                self._value(inner, f"{path}.{key}" if isinstance(key, str) else f"{path}[{key}]", depth + 1, top)
 
-    @staticmethod
-    def _text(text: str, path: str) -> None:
-        found = None if text.isascii() else SURROGATE.search(text)
-        if found:
-            at = f"a lone surrogate at position {found.start()}"
-            raise RequestError(path or None, at, "valid Unicode", code="invalid_unicode")
+def _join(path: str, key: str) -> str:
+    shown = _SURROGATE.sub("?", key)[:64]
+    return f"{path}.{shown}" if path else shown
+
+
+def _refuse_surrogates(root: dict[str, Any]) -> None:
+    for path, value in _walk("", root):
+        texts = [value] if isinstance(value, str) else list(value) if isinstance(value, dict) else []
+        for text in texts:
+            found = _SURROGATE.search(text)
+            if found:
+                what = f"a lone surrogate at position {found.start()}"
+                raise RequestError(path or None, what, "valid Unicode", code="invalid_unicode")
+
+
+def _cut(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= 64 else text[:61] + "..."

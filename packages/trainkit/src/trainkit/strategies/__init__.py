@@ -1,0 +1,6 @@
+"""Strategies: how a module is spread over devices."""
+
+from trainkit.strategies.base import Strategy
+from trainkit.strategies.single import SingleDevice
+
+__all__ = ["SingleDevice", "Strategy"]
