@@ -136,7 +136,7 @@ def check_object(
         check = checks.get(name)
         if check is None:
             if not ignore_unknown:
-                raise _unknown(f"{prefix}{name[:64]}", checks)
+                raise _unknown(f"{prefix}{name[:64]}")
         elif value is not None or name in required or not nullable:
             checked[name] = check(value, f"{prefix}{name}")
     for name in required:
@@ -145,5 +145,5 @@ def check_object(
     return checked
 
 
-def _unknown(path: str, checks: Mapping[str, Check]) -> RequestError:
+def _unknown(path: str) -> RequestError:
     return RequestError(path, "an unknown field", "known fields only", code="unknown_field", flag="--ignore-unknown-fields")

@@ -1,101 +1,103 @@
-"""The messages of a chat, checked one by one before the model's template sees them."""
+"""The messages and tools of a chat."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from common_platform.errors import RequestError
-from servekit.engine.tokenizer import Tokenizer
-from servekit.server.json_body import json_name
-from servekit.server.limits import ServerLimits
-from servekit.server.protocol import ChatRequest
+from servekit.server import fields as f
+from servekit.server.config import Limits
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-RESERVED_VARIABLES = ("messages", "tools", "add_generation_prompt", "tokenize", "documents")
+FUNCTION_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+ANY_LENGTH = 2**31  # bounded by the body
 
 
-def render(request: ChatRequest, tokenizer: Tokenizer, limits: ServerLimits) -> str:
-    """The prompt of a chat.
+def check_messages(limits: Limits) -> f.Check:
+    """A list of messages in the form that chat templates read: content is one text."""
 
-    Raises:
-        RequestError: naming the first message, part or template variable that cannot be used.
-    """
-    if request.tools or request.tool_choice not in (None, "none", "auto"):
-        _refuse_tools(request, limits)
-    if request.chat_template is not None:
-        raise RequestError("chat_template", "a template", "the model's own", code="chat_template_refused")
-    variables = _variables(request.chat_template_kwargs or {})
-    messages = checked_messages(request.messages, limits)
-    generate = True if request.add_generation_prompt is None else request.add_generation_prompt
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=generate, **variables)
+    def check(value: Any, path: str) -> list[dict[str, Any]]:
+        messages = f.listed(lambda item, at: _message(item, at, limits), limits.max_messages, least=1, flag="--max-messages")
+        checked: list[dict[str, Any]] = messages(value, path)
+        _check_tool_answers(checked, path)
+        return checked
+
+    return check
 
 
-def _refuse_tools(request: ChatRequest, limits: ServerLimits) -> None:
-    if not request.tools:
-        raise RequestError("tool_choice", request.tool_choice, "none, or tools to choose from", code="conflict")
-    if len(request.tools) > limits.max_tools:
-        limit = f"at most {limits.max_tools} tools"
-        raise RequestError("tools", len(request.tools), limit, code="out_of_range", flag="--max-tools")
-    raise RequestError("tools", f"{len(request.tools)} tools", "none in this version", code="unsupported")
+def _message(value: Any, path: str, limits: Limits) -> dict[str, Any]:
+    checks: dict[str, f.Check] = {
+        "role": f.one_of(*ROLES, code="unsupported_role"),
+        "content": lambda content, at: _content(content, at, limits),
+        "name": f.text(256),
+        "refusal": f.text(ANY_LENGTH),
+        "tool_calls": f.listed(_tool_call, limits.max_tools, flag="--max-tools"),
+        "tool_call_id": f.text(256),
+    }
+    calls = isinstance(value, dict) and value.get("role") == "assistant" and bool(value.get("tool_calls"))
+    required = ("role",) if calls else ("role", "content")
+    message = f.check_object(value, path, checks, required=required)
+    if message["role"] == "developer":
+        message["role"] = "system"  # OpenAI's newer word for it; templates know the older
+    return message
 
 
-def _variables(given: dict[str, Any]) -> dict[str, Any]:
-    for name in given:
-        if name == "chat_template":
-            param = "chat_template_kwargs.chat_template"
-            raise RequestError(param, "a template", "the model's own", code="chat_template_refused")
-        if name in RESERVED_VARIABLES or not name.isidentifier():
-            param = f"chat_template_kwargs.{name[:64]}"
-            raise RequestError(param, name, "variables of the model's template", code="unknown_field")
-    return given
+def _content(value: Any, path: str, limits: Limits) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise f.wrong_type(path, value, "string or array")
+    return "".join(f.listed(_part, limits.max_parts, least=1, flag="--max-parts")(value, path))
 
 
-def checked_messages(messages: list[dict[str, Any]], limits: ServerLimits) -> list[dict[str, Any]]:
-    """Copies in which every content is a text."""
-    if not messages:
-        raise RequestError("messages", "an empty list", "at least one message", code="out_of_range")
-    if len(messages) > limits.max_messages:
-        limit = f"at most {limits.max_messages} messages"
-        raise RequestError("messages", len(messages), limit, code="out_of_range", flag="--max-messages")
-    return [_message(message, f"messages[{index}]", limits) for index, message in enumerate(messages)]
+def _part(value: Any, path: str) -> str:
+    checks: dict[str, f.Check] = {"type": f.one_of("text"), "text": f.text(ANY_LENGTH)}
+    if isinstance(value, dict) and value.get("type") not in (None, "text"):
+        checks["type"](value["type"], f"{path}.type")
+    text: str = f.check_object(value, path, checks, required=("type", "text"))["text"]
+    return text
 
 
-def _message(message: dict[str, Any], at: str, limits: ServerLimits) -> dict[str, Any]:
-    role = message.get("role")
-    if role is None:
-        raise RequestError(f"{at}.role", "nothing", f"one of {ROLES}", code="missing_field")
-    if role not in ROLES:
-        raise RequestError(f"{at}.role", role, f"one of {ROLES}", code="unsupported")
-    if role == "tool":
-        raise RequestError(at, "a tool's result", "one after the call that it answers", code="conflict")
-    if "content" not in message:
-        raise RequestError(f"{at}.content", "nothing", "a text", code="missing_field")
-    name = message.get("name")
-    if name is not None and not isinstance(name, str):
-        raise RequestError(f"{at}.name", json_name(name), "a string", code="invalid_type")
-    checked = {"role": "system" if role == "developer" else role}
-    checked["content"] = _content(message["content"], f"{at}.content", limits)
-    return checked | ({"name": name} if name else {})
+def _tool_call(value: Any, path: str) -> dict[str, Any]:
+    function: f.Check = lambda item, at: f.check_object(  # noqa: E731
+        item, at, {"name": _function_name, "arguments": f.text(ANY_LENGTH)}, required=("name", "arguments")
+    )
+    checks: dict[str, f.Check] = {"id": f.text(256), "type": f.one_of("function"), "function": function}
+    return f.check_object(value, path, checks, required=("id", "function"))
 
 
-def _content(content: Any, at: str, limits: ServerLimits) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RequestError(at, json_name(content), "a string or a list of parts", code="invalid_type")
-    if len(content) > limits.max_parts:
-        limit = f"at most {limits.max_parts} parts"
-        raise RequestError(at, len(content), limit, code="out_of_range", flag="--max-parts")
-    return "".join(_part(part, f"{at}[{index}]") for index, part in enumerate(content))
+def _check_tool_answers(messages: list[dict[str, Any]], path: str) -> None:
+    """A tool's answer follows the assistant's call of it."""
+    called: set[str] = set()
+    for index, message in enumerate(messages):
+        called |= {call["id"] for call in message.get("tool_calls", ())}
+        if message["role"] == "tool" and message.get("tool_call_id") not in called:
+            raise RequestError(f"{path}[{index}]", "a tool's answer", "one to a tool call before it", code="conflict")
 
 
-def _part(part: Any, at: str) -> str:
-    if not isinstance(part, dict):
-        raise RequestError(at, json_name(part), "an object", code="invalid_type")
-    if part.get("type") != "text":
-        raise RequestError(f"{at}.type", part.get("type"), "text, for this model", code="unsupported")
-    if "text" not in part:
-        raise RequestError(f"{at}.text", "nothing", "a text", code="missing_field")
-    if not isinstance(part["text"], str):
-        raise RequestError(f"{at}.text", json_name(part["text"]), "a string", code="invalid_type")
-    return part["text"]
+def check_tools(limits: Limits) -> f.Check:
+    return f.listed(_tool, limits.max_tools, flag="--max-tools")
+
+
+def _tool(value: Any, path: str) -> dict[str, Any]:
+    checks: dict[str, f.Check] = {"type": f.one_of("function"), "function": _function}
+    return f.check_object(value, path, checks, required=("type", "function"))
+
+
+def _function(value: Any, path: str) -> dict[str, Any]:
+    checks: dict[str, f.Check] = {
+        "name": _function_name,
+        "description": f.text(ANY_LENGTH),
+        "parameters": f.any_object,
+        "strict": f.boolean,
+    }
+    return f.check_object(value, path, checks, required=("name",))
+
+
+def _function_name(value: Any, path: str) -> str:
+    if not isinstance(value, str):
+        raise f.wrong_type(path, value, "string")
+    if not FUNCTION_NAME.fullmatch(value):
+        raise RequestError(path, value, "[A-Za-z0-9_-]{1,64}", code="out_of_range")
+    return value

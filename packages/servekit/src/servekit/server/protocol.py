@@ -1,232 +1,215 @@
-"""The requests of the OpenAI API as typed structs, and what they mean as sampling parameters."""
+"""What a caller may send to the generation routes, and what it becomes."""
 
 from __future__ import annotations
 
-import re
-from typing import Any, TypeVar
-
-import msgspec
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from common_platform.errors import RequestError
-from servekit.sampling.parameters import MAX_LOGPROBS, SamplingParams
-from servekit.server.json_body import json_name
-from servekit.server.limits import ServerLimits
+from servekit.core.facts import ModelFacts
+from servekit.sampling.parameters import INT64_MAX, SamplingParams, StructuredOutput
+from servekit.server import fields as f
+from servekit.server.config import ServerConfig
 
-MAX_USER_CHARS = 256
-DEFAULT_COMPLETION_TOKENS = 16
-TOKEN_KEY = re.compile(r"-?(0|[1-9]\d*)")
-
-
-class StreamOptions(msgspec.Struct, kw_only=True):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
+Prompt = str | list[int]
 
 
-class CommonFields(msgspec.Struct, kw_only=True):
-    """What completions and chats have in common; None is the same as absent."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """A checked request for text; ``params`` has passed every range but the length of the prompt."""
 
     model: str
-    max_tokens: int | None = None
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    # beyond OpenAI, named as vLLM names them
-    top_k: int | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    prompt_logprobs: int | None = None
-    add_special_tokens: bool | None = None
-    cache_salt: str | None = None
-    priority: int | None = None
-    timeout: float | None = None
+    params: SamplingParams
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+    return_token_ids: bool = False
+    param_names: Mapping[str, str] | None = None  # the engine's name of a field -> the caller's
 
 
-class CompletionRequest(CommonFields, kw_only=True):
-    prompt: Any
-    best_of: int | None = None
-    echo: bool | None = None
-    logprobs: int | None = None
-    suffix: str | None = None
-    prompt_embeds: Any = None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionRequest(GenerationRequest):
+    """``is_batch`` tells whether the prompts came as a list, so that errors can name them."""
+
+    prompts: list[Prompt]
+    is_batch: bool
+    echo: bool = False
+    add_special_tokens: bool = True
 
 
-class ChatRequest(CommonFields, kw_only=True):
-    messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Any = None
-    parallel_tool_calls: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    reasoning_effort: str | None = None
+@dataclass(frozen=True, slots=True)
+class Door:
+    """What requests are checked against."""
+
+    facts: ModelFacts
+    config: ServerConfig
+
+    def model(self, value: Any, path: str) -> str:
+        if not isinstance(value, str):
+            raise f.wrong_type(path, value, "string")
+        names = self.config.served_model_names
+        if value not in names:
+            served = ", ".join(names)
+            raise RequestError(path, value, f"one of {served}"[:200], code="model_not_found", status=404)
+        return value
 
 
-Body = TypeVar("Body", bound=CommonFields)
+def check_body(door: Door, body: dict[str, Any], checks: Mapping[str, f.Check], *required: str) -> dict[str, Any]:
+    return f.check_object(
+        body, "", checks, required=("model", *required), ignore_unknown=door.config.ignore_unknown_fields
+    )
+
+
+def common_fields(door: Door) -> dict[str, f.Check]:
+    """The fields of both generation routes."""
+    limits, facts = door.config.limits, door.facts
+    length = facts.max_model_len
+    tokens = f.integer(0, length, "--max-model-len", allowed=f"1..{length}")
+    priority = f.integer(-(2**31), 2**31 - 1)
+    if not door.config.allow_request_priority:
+        priority = f.refused("no priority from callers", flag="--allow-request-priority")
+    return {
+        "model": door.model,
+        "max_tokens": tokens,
+        "min_tokens": f.integer(0, length, "--max-model-len"),
+        "n": f.integer(1, limits.max_n, "--max-n"),
+        "temperature": f.number(0, 2),
+        "top_p": f.number(0, 1, above=True),
+        "top_k": _top_k(facts.vocab_size),
+        "min_p": f.number(0, 1),
+        "typical_p": f.number(0, 1, above=True),
+        "presence_penalty": f.number(-2, 2),
+        "frequency_penalty": f.number(-2, 2),
+        "repetition_penalty": f.number(0.01, 10),
+        "seed": f.integer(-f.INT64, INT64_MAX, allowed="a 64-bit signed integer"),
+        "logit_bias": _logit_bias(facts.vocab_size, limits.max_logit_bias),
+        "allowed_token_ids": f.token_ids(facts.vocab_size, facts.vocab_size, least=1),
+        "bad_words": f.listed(f.text(limits.max_stop_chars, min_chars=1), limits.max_logit_bias),
+        "stop": _stop(limits.max_stop, limits.max_stop_chars),
+        "stop_token_ids": f.token_ids(facts.vocab_size, limits.max_stop_token_ids, flag="--max-stop-token-ids"),
+        "include_stop_str_in_output": f.boolean,
+        "ignore_eos": f.boolean,
+        "skip_special_tokens": f.boolean,
+        "spaces_between_special_tokens": f.boolean,
+        "prompt_logprobs": f.integer(0, limits.max_logprobs, "--max-logprobs"),
+        "structured_outputs": f.any_object,
+        "response_format": f.any_object,
+        "stream": f.boolean,
+        "stream_options": _stream_options,
+        "user": f.text(256),
+        "safety_identifier": f.text(256),
+        "prompt_cache_key": f.text(256),
+        "metadata": f.any_object,
+        "store": f.boolean,
+        "service_tier": f.one_of("auto", "default"),
+        "cache_salt": f.text(256, min_chars=1),
+        "priority": priority,
+        "add_special_tokens": f.boolean,
+        "return_token_ids": f.boolean,
+        "logits_processors": f.refused("no processors from callers"),
+        "prompt_embeds": f.refused("tokens only", code="prompt_embeds_disabled", flag="--enable-prompt-embeds"),
+    }
+
+
 SAMPLING_FIELDS = (
-    "temperature",
-    "top_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "top_k",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "min_tokens",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "ignore_eos",
-    "skip_special_tokens",
-    "allowed_token_ids",
-    "bad_words",
-    "prompt_logprobs",
-)
-
-
-def convert(body: dict[str, Any], kind: type[Body], *, ignore_unknown: bool = False) -> Body:
-    """The body as ``kind``.
-
-    Raises:
-        RequestError: with the codes unknown_field, missing_field, invalid_type.
-    """
-    known = {field.name: field for field in msgspec.structs.fields(kind)}
-    for name in body:
-        if name not in known and not ignore_unknown:
-            raise RequestError(
-                name,
-                "an unknown field",
-                "the fields of this route",
-                code="unknown_field",
-                flag="--ignore-unknown-fields",
-            )
-    for name, field in known.items():
-        if field.required and name not in body:
-            raise RequestError(name, "nothing", "a value: it is required", code="missing_field")
-        if field.required and body[name] is None:
-            raise RequestError(name, "null", "a value: it is required", code="invalid_type")
-    try:
-        return msgspec.convert(body, kind)
-    except msgspec.ValidationError as error:
-        raise type_error(error, body) from error
-
-
-def type_error(error: msgspec.ValidationError, body: dict[str, Any]) -> RequestError:
-    text, _, path = str(error).partition(" - at `$")
-    param = path.strip("`.") or None
-    param = re.sub(r"\[\.\.\.\]", "", param) if param else None
-    value: Any = body.get(param) if param else None
-    wanted = re.sub(r"^Expected (.*?)(, got .*)?$", r"\1", text).replace("`", "").replace(" | null", "")
-    return RequestError(param, json_name(value) if param in body else "another type", wanted, code="invalid_type")
+    "n best_of temperature top_p top_k min_p typical_p presence_penalty frequency_penalty repetition_penalty logit_bias "
+    "allowed_token_ids bad_words max_tokens min_tokens stop stop_token_ids include_stop_str_in_output ignore_eos seed "
+    "prompt_logprobs skip_special_tokens spaces_between_special_tokens"
+).split()
 
 
 def sampling_params(
-    request: CommonFields,
-    limits: ServerLimits,
-    max_model_len: int,
-    *,
-    max_tokens: int | None,
-    num_prompts: int = 1,
-    **more: Any,
+    checked: Mapping[str, Any], *, max_tokens: int | None, logprobs: int | None, structured: StructuredOutput | None
 ) -> SamplingParams:
-    """The request's fields as checked sampling parameters; ``more`` holds what differs between the routes.
-
-    Raises:
-        RequestError: the first field that is out of its range.
-    """
-    values = {name: getattr(request, name) for name in SAMPLING_FIELDS if getattr(request, name) is not None}
-    values |= {name: value for name, value in more.items() if value is not None}
-    stop = request.stop
-    values["stop"] = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if request.logit_bias is not None:
-        values["logit_bias"] = _logit_bias(request.logit_bias)
-    _refuse_unsupported(request)
-    params = SamplingParams(n=1 if request.n is None else request.n, max_tokens=max_tokens, **values)
-    _check_products(params, limits, max_model_len, num_prompts)
-    return params
+    given = {name: checked[name] for name in SAMPLING_FIELDS if name in checked}
+    given |= {"max_tokens": max_tokens, "logprobs": logprobs, "structured_outputs": structured}
+    return SamplingParams(**given)
 
 
-def _logit_bias(given: dict[str, float]) -> dict[int, float]:
-    for key in given:
-        if not TOKEN_KEY.fullmatch(key):
-            raise RequestError("logit_bias", key, "token ids as keys, in plain digits", code="invalid_type")
-    return {int(key): bias for key, bias in given.items()}
-
-
-def _refuse_unsupported(request: CommonFields) -> None:
-    if request.user is not None and len(request.user) > MAX_USER_CHARS:
-        raise RequestError("user", len(request.user), f"at most {MAX_USER_CHARS} characters", code="out_of_range")
-    if request.priority:
-        raise RequestError("priority", request.priority, "0 on this server", code="unsupported")
-    form = request.response_format
-    if form is not None and form.get("type") != "text":
-        raise RequestError("response_format.type", form.get("type"), "text in this version", code="unsupported")
-    if request.structured_outputs is not None:
-        raise RequestError("structured_outputs", "a grammar", "none in this version", code="unsupported")
-
-
-def _check_products(params: SamplingParams, limits: ServerLimits, max_model_len: int, num_prompts: int) -> None:
-    sequences = num_prompts * (params.best_of or params.n)
+def check_together(
+    door: Door, checked: Mapping[str, Any], *, num_prompts: int, max_tokens: int | None, tokens_name: str
+) -> None:
+    """What fields must hold together; products are exact integers."""
+    limits, n, best_of = door.config.limits, checked.get("n", 1), checked.get("best_of")
+    if best_of is not None and best_of < n:
+        raise RequestError("best_of", best_of, f"n={n} or more", code="conflict")
+    if best_of is not None and best_of > 1 and best_of > n and checked.get("stream"):
+        raise RequestError("best_of", best_of, f"n={n} with stream: the best is known at the end", code="conflict")
+    sequences = num_prompts * max(n, best_of or 1)
     if sequences > limits.max_seqs_per_request:
-        limit, flag = f"prompts x n up to {limits.max_seqs_per_request}", "--max-seqs-per-request"
-        raise RequestError("n", sequences, limit, code="out_of_range", flag=flag)
-    most = limits.max_tokens_per_request or 4 * max_model_len
-    tokens = (params.best_of or params.n) * (params.max_tokens or 0)
-    if params.max_tokens is not None and params.max_tokens <= max_model_len and tokens > most:
-        limit, flag = f"n x max_tokens up to {most}", "--max-tokens-per-request"
-        raise RequestError("max_tokens", tokens, limit, code="out_of_range", flag=flag)
+        raise RequestError(
+            "n",
+            f"prompts x n = {sequences}",
+            f"1..{limits.max_seqs_per_request}",
+            code="out_of_range",
+            flag="--max-seqs-per-request",
+        )
+    most = limits.max_tokens_per_request or 4 * door.facts.max_model_len
+    if max_tokens is not None and n * max_tokens > most:
+        got = f"n x {tokens_name} = {n * max_tokens}"
+        raise RequestError(tokens_name, got, f"1..{most}", code="out_of_range", flag="--max-tokens-per-request")
+    least = checked.get("min_tokens", 0)
+    if max_tokens is not None and least > max_tokens:
+        raise RequestError("min_tokens", least, f"0..{tokens_name}={max_tokens}", code="out_of_range")
+    if checked.get("stream_options") is not None and not checked.get("stream"):
+        raise RequestError("stream_options", "an object", "nothing without stream=true", code="conflict")
 
 
-def check_logprobs(name: str, value: int | None) -> None:
-    if value is not None and not 0 <= value <= MAX_LOGPROBS:
-        raise RequestError(name, value, f"0..{MAX_LOGPROBS}", code="out_of_range", flag="--max-logprobs")
+def stream_fields(checked: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of GenerationRequest that are taken over as they are."""
+    options = checked.get("stream_options") or {}
+    return {
+        "model": checked["model"],
+        "stream": checked.get("stream", False),
+        "include_usage": options.get("include_usage", False),
+        "continuous_usage": options.get("continuous_usage_stats", False),
+        "priority": checked.get("priority", 0),
+        "cache_salt": checked.get("cache_salt", ""),
+        "return_token_ids": checked.get("return_token_ids", False),
+    }
 
 
-def prompts_of(request: CompletionRequest, limits: ServerLimits) -> list[tuple[str, str | list[int]]]:
-    """The prompts, each with its name: a text, token ids, or a list of either.
+def _stream_options(value: Any, path: str) -> dict[str, Any]:
+    names = ("include_usage", "continuous_usage_stats", "include_obfuscation")
+    return f.check_object(value, path, dict.fromkeys(names, f.boolean), nullable=False)
 
-    Raises:
-        RequestError: an empty, mixed or too long list.
-    """
-    given = request.prompt
-    if isinstance(given, str):
-        return [("prompt", given)]
-    if not isinstance(given, list):
-        raise RequestError("prompt", json_name(given), "a string, token ids, or a list of these", code="invalid_type")
-    if not given:
-        raise RequestError("prompt", "an empty list", "at least one prompt", code="empty_prompt")
-    kind = type(given[0])
-    if kind is int:
-        return [("prompt", given)]
-    if kind not in (str, list):
-        raise RequestError("prompt[0]", json_name(given[0]), "a string or an integer", code="invalid_type")
-    if len(given) > limits.max_prompts:
-        limit = f"at most {limits.max_prompts} prompts"
-        raise RequestError("prompt", len(given), limit, code="out_of_range", flag="--max-prompts")
-    for index, prompt in enumerate(given):
-        if type(prompt) is not kind:
-            raise RequestError(f"prompt[{index}]", json_name(prompt), "one kind in all the list", code="invalid_type")
-    return [(f"prompt[{index}]", prompt) for index, prompt in enumerate(given)]
+
+def _top_k(vocab_size: int) -> f.Check:
+    allowed = f"-1 or 1..{vocab_size}"
+    return f.integer(-1, vocab_size, allowed=allowed)
+
+
+def _stop(most: int, max_chars: int) -> f.Check:
+    check_text = f.text(max_chars, min_chars=1, flag="--max-stop-chars")
+    many = f.listed(check_text, most, flag="--max-stop")
+
+    def check(value: Any, path: str) -> list[str]:
+        return [check_text(value, path)] if isinstance(value, str) else many(value, path)
+
+    return check
+
+
+def _logit_bias(vocab_size: int, most: int) -> f.Check:
+    """Token ids as JSON's keys: the one way to write an integer, so that no two keys mean the same token."""
+    check_value = f.number(-100, 100)
+
+    def check(value: Any, path: str) -> dict[int, float]:
+        if not isinstance(value, dict):
+            raise f.wrong_type(path, value, "object")
+        if len(value) > most:
+            raise RequestError(path, len(value), f"0..{most} entries", code="out_of_range", flag="--max-logit-bias")
+        return {_token_key(key, path, vocab_size): check_value(bias, path) for key, bias in value.items()}
+
+    return check
+
+
+def _token_key(key: str, path: str, vocab_size: int) -> int:
+    digits = key.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > 20 or str(int(key)) != key:
+        raise RequestError(path, repr(key), "token ids as keys", code="invalid_type")
+    if not 0 <= int(key) < vocab_size:
+        raise RequestError(path, key, f"token ids 0..{vocab_size - 1}", code="out_of_range")
+    return int(key)

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from trainkit.module import TrainModule
     from trainkit.trainer import Trainer
+
+    from trainkit.module import TrainModule
 
 
 class Callback:

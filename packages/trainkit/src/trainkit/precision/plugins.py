@@ -1,4 +1,4 @@
-"""Precisions: true ones change the weights' dtype, mixed ones only that of the operations (Micikevicius et al. 2018)."""
+"""Precisions: true ones change the dtype of the weights, mixed ones that of operations (Micikevicius et al. 2018)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,122 @@
+"""``/v1/completions``: its fields and what they become."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common_platform.errors import RequestError
+from servekit.server import fields as f
+from servekit.server.protocol import (
+    CompletionRequest,
+    Door,
+    Prompt,
+    check_body,
+    check_together,
+    common_fields,
+    sampling_params,
+    stream_fields,
+)
+from servekit.server.structured import structured_output
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+def completion_fields(door: Door) -> dict[str, f.Check]:
+    limits = door.config.limits
+    return common_fields(door) | {
+        "prompt": _prompt(door),
+        "best_of": f.integer(1, limits.max_n, "--max-n"),
+        "echo": f.boolean,
+        "logprobs": f.integer(0, limits.max_logprobs, "--max-logprobs"),
+        "suffix": _suffix,
+    }
+
+
+def read_completion(door: Door, body: dict[str, Any], checks: dict[str, f.Check]) -> CompletionRequest:
+    """The request in ``body``.
+
+    Raises:
+        RequestError: the first fault, in the order of the body.
+    """
+    checked = check_body(door, body, checks, "prompt")
+    prompts, is_batch = checked["prompt"]
+    echo, logprobs = checked.get("echo", False), checked.get("logprobs")
+    max_tokens = _max_tokens(door, checked, echo)
+    check_together(door, checked, num_prompts=len(prompts), max_tokens=max_tokens, tokens_name="max_tokens")
+    spec, names = structured_output(checked, door.config.limits)
+    if echo and logprobs is not None:
+        checked.setdefault("prompt_logprobs", logprobs)
+    return CompletionRequest(
+        **stream_fields(checked),
+        params=sampling_params(checked, max_tokens=max_tokens, logprobs=logprobs, structured=spec),
+        param_names=names,
+        prompts=prompts,
+        is_batch=is_batch,
+        echo=echo,
+        add_special_tokens=checked.get("add_special_tokens", True),
+    )
+
+
+def _max_tokens(door: Door, checked: dict[str, Any], echo: bool) -> int:
+    max_tokens: int = checked.get("max_tokens", min(DEFAULT_MAX_TOKENS, door.facts.max_model_len - 1))
+    if max_tokens == 0 and not echo:
+        raise RequestError("max_tokens", 0, "1 or more; 0 only with echo", code="out_of_range")
+    return max_tokens
+
+
+def _suffix(value: Any, path: str) -> None:
+    if f.text(2**31)(value, path):
+        raise f.unsupported(path, "a suffix", "none: this model does not fill in")
+
+
+def _prompt(door: Door) -> f.Check:
+    """A text, token ids, or a list of either; the second value tells which."""
+
+    def check(value: Any, path: str) -> tuple[list[Prompt], bool]:
+        if isinstance(value, str):
+            return [_text(value, path)], False
+        if not isinstance(value, list):
+            raise f.wrong_type(path, value, "string or array")
+        if not value:
+            raise _empty(path, "an empty array")
+        if isinstance(value[0], str | list):
+            return _batch(door, value, path), True
+        return [_tokens(door, value, path)], False
+
+    return check
+
+
+def _batch(door: Door, value: list[Any], path: str) -> list[Prompt]:
+    most = door.config.limits.max_prompts
+    if len(value) > most:
+        raise RequestError(path, f"{len(value)} prompts", f"1..{most}", code="out_of_range", flag="--max-prompts")
+    kind = type(value[0])
+    prompts: list[Prompt] = []
+    for index, item in enumerate(value):
+        at = f"{path}[{index}]"
+        if type(item) is not kind:
+            raise f.wrong_type(at, item, "one kind only: a mixed list of strings and arrays has no meaning")
+        prompts.append(_text(item, at) if kind is str else _tokens(door, item, at))
+    return prompts
+
+
+def _text(value: str, path: str) -> str:
+    if not value:
+        raise _empty(path, "an empty string")
+    return value
+
+
+def _tokens(door: Door, value: list[Any], path: str) -> list[int]:
+    if not value:
+        raise _empty(path, "an empty array")
+    limit = door.facts.max_model_len
+    if len(value) > limit:
+        allowed = f"at most {limit} tokens, prompt and answer together"
+        raise RequestError(path, f"{len(value)} tokens", allowed, code="context_length_exceeded", flag="--max-model-len")
+    vocabulary = f"token ids 0..{door.facts.vocab_size - 1}"
+    check = f.integer(0, door.facts.vocab_size - 1, allowed=vocabulary)
+    return [check(token, f"{path}[{index}]") for index, token in enumerate(value)]
+
+
+def _empty(path: str, got: str) -> RequestError:
+    return RequestError(path, got, "at least one character or token", code="empty_prompt")

@@ -1,0 +1,22 @@
+"""What the Trainer asks of a logger."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+
+class Logger(ABC):
+    """Receives metrics as they are logged."""
+
+    @abstractmethod
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None: ...
+
+    def resume(self, step: int) -> None:
+        """The run goes on after ``step``: what was logged beyond it will be logged again."""
+
+    def flush(self) -> None:
+        """Make what was logged safe."""
