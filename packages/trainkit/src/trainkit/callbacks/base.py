@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from trainkit.trainer import Trainer
-
     from trainkit.module import TrainModule
+    from trainkit.trainer import Trainer
 
 
 class Callback:

@@ -15,8 +15,12 @@ class Logger(ABC):
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None: ...
 
-    def resume(self, step: int) -> None:
-        """The run goes on after ``step``: what was logged beyond it will be logged again."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where the log stands, for checkpoints."""
+        return {}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """The run goes on from ``state``: what was logged beyond it will be logged again."""
 
     def flush(self) -> None:
         """Make what was logged safe."""

@@ -35,6 +35,7 @@ class CSVLogger(Logger):
         self._columns: list[str] = ["step"]
         self._rows: list[dict[str, Any]] = []
         self._written = False
+        self._count = 0
 
     @property
     def log_dir(self) -> str:
@@ -53,9 +54,13 @@ class CSVLogger(Logger):
         if len(self._rows) >= self._flush_every:
             self.flush()
 
-    def resume(self, step: int) -> None:
-        self._rows = [row for row in self._read() if int(row["step"]) <= step]
-        self._written = False
+    def state_dict(self) -> dict[str, Any]:
+        self.flush()
+        return {"rows": self._count}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        self._rows = self._read()[: state["rows"]]
+        self._count, self._written = 0, False
         self.flush()
 
     def _read(self) -> list[dict[str, Any]]:
@@ -76,6 +81,7 @@ class CSVLogger(Logger):
         else:
             with self._path.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns).writerows(self._rows)
+        self._count += len(self._rows)
         self._rows = []
         self._written = True
 

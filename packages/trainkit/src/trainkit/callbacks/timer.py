@@ -1,0 +1,70 @@
+"""End training after a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from common_platform.errors import ConfigError
+from trainkit.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from trainkit.module import TrainModule
+    from trainkit.trainer import Trainer
+
+
+class Timer(Callback):
+    """Stops training once ``duration`` of it has passed, the time before a resume included.
+
+    Args:
+        duration: a ``timedelta``, "DD:HH:MM:SS", or a mapping of keyword arguments of ``timedelta``.
+
+    Raises:
+        ConfigError: it is none of these, or not above zero.
+    """
+
+    def __init__(self, duration: timedelta | str | Mapping[str, float]) -> None:
+        self.seconds = _seconds(duration)
+        self._before = 0.0
+        self._started: float | None = None
+
+    def time_elapsed(self) -> float:
+        """Seconds of training so far."""
+        return self._before + (time.monotonic() - self._started if self._started is not None else 0.0)
+
+    def time_remaining(self) -> float:
+        return max(self.seconds - self.time_elapsed(), 0.0)
+
+    def on_train_start(self, trainer: Trainer, module: TrainModule) -> None:
+        self._started = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: TrainModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.time_elapsed() >= self.seconds:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, module: TrainModule) -> None:
+        self._before, self._started = self.time_elapsed(), None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"elapsed": self.time_elapsed()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._before = state["elapsed"]
+
+
+def _seconds(duration: timedelta | str | Mapping[str, float]) -> float:
+    if isinstance(duration, str):
+        parts = duration.split(":")
+        if len(parts) != 4 or not all(part.isdigit() for part in parts):
+            raise ConfigError("max_time", duration, "DD:HH:MM:SS, a timedelta, or {'minutes': 5}")
+        days, hours, minutes, seconds = map(int, parts)
+        duration = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    elif isinstance(duration, Mapping):
+        duration = timedelta(**duration)
+    if duration <= timedelta(0):
+        raise ConfigError("max_time", str(duration), "a time above zero")
+    return duration.total_seconds()

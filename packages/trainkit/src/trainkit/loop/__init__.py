@@ -1,0 +1,1 @@
+"""The loops: one function each for epoch and step."""
