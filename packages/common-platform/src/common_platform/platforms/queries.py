@@ -30,7 +30,7 @@ def _cuda_like(name: str) -> Platform | None:
     if not torch.cuda.is_available():
         return None
     devices = tuple(_cuda_device(index) for index in range(torch.cuda.device_count()))
-    low_precision = ("bfloat16",) if torch.cuda.is_bf16_supported() else ()
+    low_precision: tuple[str, ...] = ("bfloat16",) if torch.cuda.is_bf16_supported() else ()
     if torch.cuda.get_device_capability(0) >= (8, 9):
         low_precision += ("float8_e4m3fn",)
     return Platform(

@@ -24,7 +24,7 @@ class Precision:
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        torch.autograd.backward(loss)
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Make gradients comparable with a clipping threshold."""
@@ -68,7 +68,7 @@ class ScaledMixedPrecision(MixedPrecision):
         self.scaler = torch.amp.GradScaler(device.type)
 
     def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
+        torch.autograd.backward(self.scaler.scale(loss))
 
     def unscale(self, optimizer: Optimizer) -> None:
         self.scaler.unscale_(optimizer)
