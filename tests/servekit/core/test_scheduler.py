@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.servekit.core.fake_runner import FakeRunner, expected_output, next_token
 
 from common_platform.errors import RequestError
 from servekit.core.config import CacheConfig, SchedulerConfig
@@ -15,7 +16,6 @@ from servekit.core.facts import KVGroup
 from servekit.core.request import FinishReason, Request, RequestState, RequestUpdate
 from servekit.core.scheduler import Scheduler
 from servekit.sampling.parameters import SamplingParams
-from tests.servekit.core.fake_runner import FakeRunner, expected_output, next_token
 
 FULL = [KVGroup()]
 

@@ -84,7 +84,7 @@ def _model_of(module: nn.Module) -> Any:
 
 
 def _tensors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights as they will stand in the file; a tied output embedding is its input embedding and stands there once."""
+    """The weights as they will stand in the file; an output embedding that is tied to the input stands there once."""
     state = model.state_dict()
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
     tensors = {}
@@ -103,7 +103,7 @@ def _write_weights(writer: ArtifactWriter, tensors: dict[str, Tensor]) -> None:
     if len(shards) == 1:
         writer.write_tensors("model.safetensors", tensors)
         return
-    places = {}
+    places: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         writer.write_tensors(file, {name: tensors[name] for name in names})

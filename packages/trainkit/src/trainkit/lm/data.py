@@ -102,7 +102,7 @@ def pad(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
 def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
     """Put examples together so that each group has at most ``max_length`` tokens, with few groups.
 
-    First-fit decreasing: the longest first, each into the first group with room. The same examples give the same groups.
+    First-fit decreasing: the longest first, each into the first group with room. The result is always the same.
 
     Raises:
         ConfigError: an example alone is longer.

@@ -30,6 +30,6 @@ def chunked_cross_entropy(
     if len(targets) <= chunk:
         return part(hidden, targets)
     total = hidden.new_zeros((), dtype=torch.float32)
-    for states, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+    for states, wanted in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
         total = total + checkpoint(part, states, wanted, use_reentrant=False)
     return total
