@@ -81,7 +81,7 @@ def _same_meaning(path: Path, content: bytes) -> bool:
         now, was = json.loads((path / "manifest.json").read_text()), json.loads(content)
     except ValueError:
         return False
-    return now["files"] == was["files"] and now["format_version"] == was["format_version"]
+    return all(now.get(key) == was[key] for key in ("files", "format_version"))
 
 
 @pytest.mark.parametrize("name", ["extra.txt", "sub/extra.json", "model-2.safetensors"])
@@ -249,7 +249,6 @@ def test_a_tensor_outlives_its_folder(tmp_path):
         writer.write_json("config.json", {})
         writer.write_tensors("model.safetensors", {"w": torch.zeros(4_000_000)})
         writer.commit()
-    (path / "manifest.json").unlink()
     folder = open_model_folder(path)
     tensor = folder.tensor("w")
     folder.close()

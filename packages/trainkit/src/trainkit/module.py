@@ -123,15 +123,14 @@ class TrainModule(nn.Module):
             self.log(name, value, **how)
 
     def save_hyperparameters(self, *names: str) -> None:
-        """Keep the arguments of ``__init__``, or those named, in ``self.hparams`` and in checkpoints."""
+        """Keep the arguments of the ``__init__`` that calls this, or those named, in ``hparams`` and in checkpoints."""
         frame = inspect.currentframe()
         caller = frame.f_back if frame else None
-        found = dict(caller.f_locals) if caller else {}
-        for name in ("self", "__class__"):
-            found.pop(name, None)
-        parameters = inspect.signature(type(self).__init__).parameters
-        wanted = names or tuple(name for name in parameters if name in found)
-        self.hparams.update({name: found[name] for name in wanted})
+        if caller is None:
+            raise TrainingError("save_hyperparameters", "no frame", "a call from __init__", code="user_code")
+        code = caller.f_code
+        arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+        self.hparams.update({name: caller.f_locals[name] for name in names or arguments})
 
     def lr_schedulers(self) -> list[Any]:
         return [setup.scheduler for setup in self.trainer.schedulers]

@@ -298,6 +298,7 @@ class Trainer:
         weights, state = checkpoint.load(path)
         self.strategy.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer._opt_called = bool(state["global_step"])  # type: ignore[attr-defined] # what schedulers look at
         if len(state["schedulers"]) != len(self.schedulers):
             raise CheckpointIncomplete("schedulers", len(state["schedulers"]), f"{len(self.schedulers)}, as configured")
         for setup, saved in zip(self.schedulers, state["schedulers"], strict=True):

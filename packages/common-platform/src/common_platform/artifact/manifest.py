@@ -20,6 +20,7 @@ from common_platform.errors import (
 )
 
 MANIFEST = "manifest.json"
+BELONGS = "belongs_to"  # in a safetensors header: the manifest without which the file is not to be used
 FORMAT_VERSION = 1
 CHUNK = 1 << 20
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common_platform.artifact import manifest as manifests
 from common_platform.artifact import safe_files, strict_json
-from common_platform.artifact.manifest import MANIFEST, Manifest
+from common_platform.artifact.manifest import BELONGS, MANIFEST, Manifest
 from common_platform.artifact.safetensors_reader import Entry, SafetensorsFile
 from common_platform.errors import ArtifactConfigError, ArtifactFormatError, ArtifactMissing, ArtifactRefused
 
@@ -124,7 +124,10 @@ class ModelFolder:
             if pickles:
                 raise ArtifactRefused(pickles[0], "pickled weights", "safetensors: pickles can run code; convert them")
             raise ArtifactMissing(SINGLE, self._what_is_there(), "safetensors weights")
-        return {name: SafetensorsFile(self.path, name) for name in names}
+        files = {name: SafetensorsFile(self.path, name) for name in names}
+        if self.manifest is None and any(file.metadata.get(BELONGS) == MANIFEST for file in files.values()):
+            raise ArtifactMissing(MANIFEST, "no such file", "the manifest that these weights were written with")
+        return files
 
     def _weight_map(self) -> dict[str, str]:
         found = self.read_json(INDEX).get("weight_map")

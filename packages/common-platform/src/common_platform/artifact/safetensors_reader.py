@@ -48,6 +48,7 @@ class SafetensorsFile:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
+        self.metadata: dict[str, str] = {}
         with safe_files.opened(folder, name) as descriptor:
             self._length = os.fstat(descriptor).st_size
             header, start = self._read_header(descriptor)
@@ -82,7 +83,7 @@ class SafetensorsFile:
             raise self._fail(str(error), "a header in strict JSON") from error
         if not isinstance(header, dict):
             raise self._fail(type(header).__name__, "a header that is an object")
-        header.pop("__metadata__", None)
+        self.metadata = header.pop("__metadata__", None) or {}
         return header, 8 + size
 
     def _check(self, header: dict[str, Any], start: int) -> dict[str, Entry]:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common_platform.artifact import safe_files
-from common_platform.artifact.manifest import FORMAT_VERSION, MANIFEST, FileEntry, Manifest, Probe, digest_of
+from common_platform.artifact.manifest import BELONGS, FORMAT_VERSION, MANIFEST, FileEntry, Manifest, Probe, digest_of
 from common_platform.errors import ArtifactError, ConfigError
 
 DEBRIS = re.compile(r"\.(?P<name>.+)\.(?:writing|replaced)-(?P<pid>\d+)-[0-9a-f]{8}")
@@ -74,9 +74,13 @@ class ArtifactWriter:
             target.write_bytes(data)
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """``tensors`` as one safetensors file; each contiguous, none sharing memory with another."""
+        """``tensors`` as one safetensors file; each contiguous, none sharing memory with another.
+
+        The file says that it belongs to a manifest, so that the folder is not taken for a plain one without it.
+        """
+        metadata = {"format": "pt", BELONGS: MANIFEST}
         with _explained(self.path):
-            save_file(dict(tensors), str(self.folder / safe_files.check_name(name)), metadata={"format": "pt"})
+            save_file(dict(tensors), str(self.folder / safe_files.check_name(name)), metadata=metadata)
 
     def commit(
         self,
