@@ -133,7 +133,7 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **(special | variables),
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # a template may raise anything
             message = f"messages: the model's chat template refused them: {str(error)[:160]}"
             raise RequestError("messages", None, code="chat_template_error", message=message) from error
 

@@ -1,0 +1,159 @@
+"""The engine in its own process: many callers, callers who leave, and a process that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from tests.tiny import make_folder
+
+from common_platform.errors import ArtifactMissing, EngineDead, RequestError
+from servekit import LLM, AsyncEngine, EngineConfig, SamplingParams
+
+PROMPTS = [f"number {i} is" for i in range(12)]
+GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("async") / "tiny")
+
+
+def config(folder: Path, **more) -> EngineConfig:
+    return EngineConfig(model=str(folder), kv_cache_memory_bytes=4 << 20, max_num_seqs=4, num_threads=1, **more)
+
+
+def run(work, folder, **more) -> None:
+    async def main() -> None:
+        engine = await AsyncEngine.from_config(config(folder, **more))
+        try:
+            await asyncio.wait_for(work(engine), 120)
+        finally:
+            await engine.shutdown()
+
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    asyncio.run(main())
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+
+
+async def answer(engine: AsyncEngine, name: str, prompt, params=GREEDY, **about) -> tuple[str, list[int], str]:
+    text, tokens, reason = "", [], ""
+    async for output in await engine.add_request(name, prompt, params, **about):
+        text += output.outputs[0].delta_text
+        tokens += output.outputs[0].delta_token_ids
+        reason = output.outputs[0].finish_reason or reason
+    return text, tokens, reason
+
+
+async def settled(engine: AsyncEngine) -> None:
+    """Nothing runs, nothing waits and no block is held, within two seconds."""
+    for _ in range(100):
+        stats = await engine.stats()
+        if stats.num_running == stats.num_waiting == 0 and stats.kv_usage == 0:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(stats)
+
+
+def test_many_at_once_equal_each_alone_in_process(folder):
+    with LLM(folder, kv_cache_memory_bytes=4 << 20) as llm:
+        expected = [o.outputs[0] for o in llm.generate(PROMPTS, GREEDY)]
+
+    async def work(engine: AsyncEngine) -> None:
+        found = await asyncio.gather(*(answer(engine, str(i), p) for i, p in enumerate(PROMPTS)))
+        assert [(text, tokens) for text, tokens, _ in found] == [(o.text, o.token_ids) for o in expected]
+        assert (await engine.stats()).finished == {"length": len(PROMPTS)}
+        assert await engine.reset_prefix_cache()
+        await settled(engine)
+
+    run(work, folder)
+
+
+def test_callers_who_leave_free_everything_and_change_nobody(folder):
+    async def work(engine: AsyncEngine) -> None:
+        quiet = await answer(engine, "quiet", "the survivor says")
+
+        async def leaves(i: int) -> None:
+            params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+            stream = await engine.add_request(f"gone{i}", PROMPTS[i], params)
+            for _ in range(i % 4):
+                await anext(stream)
+            await stream.aclose()
+
+        survivor, *_ = await asyncio.gather(answer(engine, "s", "the survivor says"), *(leaves(i) for i in range(12)))
+        assert survivor == quiet
+        await settled(engine)
+        assert engine.num_requests == 0
+
+    run(work, folder)
+
+
+def test_deadlines_and_refusals(folder):
+    async def work(engine: AsyncEngine) -> None:
+        long = SamplingParams(max_tokens=240, temperature=0, ignore_eos=True)
+        assert (await answer(engine, "late", "x", long, timeout_s=0.05))[2] == "timeout"
+        with pytest.raises(RequestError, match="at least one"):
+            await engine.add_request("r", "", GREEDY)
+        stream = await engine.add_request("same", "x", long)
+        with pytest.raises(RequestError, match="in use"):
+            await engine.add_request("same", "x", GREEDY)
+        await stream.aclose()
+        await settled(engine)
+
+    run(work, folder)
+
+
+def test_a_killed_engine_is_known_at_once_by_everybody(folder):
+    async def work(engine: AsyncEngine) -> None:
+        long = SamplingParams(max_tokens=240, temperature=0, ignore_eos=True)
+        streams = [await engine.add_request(str(i), "x", long) for i in range(3)]
+        await anext(streams[0])
+        os.kill(engine._process.pid, signal.SIGKILL)
+        for stream in streams:
+            with pytest.raises(EngineDead):
+                async with asyncio.timeout(2):
+                    async for _ in stream:
+                        pass
+        assert not engine.is_ready
+        with pytest.raises(EngineDead):
+            await engine.add_request("after", "x", GREEDY)
+        with pytest.raises(EngineDead):
+            await engine.stats()
+
+    run(work, folder)
+
+
+def test_an_engine_that_cannot_start_says_why_and_leaves_nothing(folder, tmp_path):
+    async def main() -> None:
+        with pytest.raises(ArtifactMissing, match="config"):
+            await AsyncEngine.from_config(config(tmp_path))
+
+    before = set(Path("/tmp").glob("servekit-*"))
+    asyncio.run(main())
+    assert set(Path("/tmp").glob("servekit-*")) <= before
+
+
+def test_the_engine_dies_with_its_parent(folder):
+    import subprocess
+    import sys
+
+    code = (
+        "import asyncio, sys, time\n"
+        "from servekit import AsyncEngine, EngineConfig\n"
+        "async def main():\n"
+        "    engine = await AsyncEngine.from_config(EngineConfig(model=sys.argv[1], kv_cache_memory_bytes=4 << 20))\n"
+        "    print(engine._process.pid, flush=True)\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait(10)
+    parent.stdout.close()
+    _gone, alive = psutil.wait_procs([child], timeout=5)
+    assert not alive
