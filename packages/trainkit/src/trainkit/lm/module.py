@@ -78,6 +78,8 @@ class CausalLM(TrainModule):
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """The sum of the labelled tokens' cross entropies, and how many they are."""
         about = {key: value for key, value in batch.items() if key != "labels"}
+        if about["attention_mask"].ndim == 4:
+            about["attention_mask"] = _additive(about["attention_mask"], self.model.dtype)  # type: ignore[arg-type]
         hidden = self.model.base_model(**about, use_cache=False).last_hidden_state[:, :-1]  # type: ignore[operator,union-attr]
         targets = batch["labels"][:, 1:]
         learnt = targets != IGNORED
@@ -110,3 +112,8 @@ class CausalLM(TrainModule):
             decay=settings["decay"],
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as numbers to be added to the scores, which every attention of transformers understands."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
