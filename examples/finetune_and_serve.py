@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 import trainkit
 from common_platform.embedded import smollm2
+from common_platform.errors import PlatformError, exit_code
 from trainkit.callbacks import EarlyStopping, LearningRateMonitor, ProgressBar
 from trainkit.export import handoff
 from trainkit.lm import CausalLM, ChatDataset, docstring_examples
@@ -85,7 +86,7 @@ class TokenCount(trainkit.Callback):
 
 def fine_tune(args: argparse.Namespace, base: Path, summary: Summary) -> Path:
     """Train on docstrings until the time is over or the held-out loss stops falling; the handed-off folder."""
-    module = CausalLM.from_folder(base, lr=1e-4, warmup_steps=5, total_steps=args.steps)
+    module = CausalLM.from_folder(base, lr=1e-4, warmup_steps=min(5, args.steps), total_steps=args.steps)
     train = ChatDataset([e.as_chat() for e in docstring_examples("train")], base, max_length=256)
     held_out = ChatDataset([e.as_chat() for e in docstring_examples("held_out")[: args.held_out]], base, max_length=256)
     train_loader = DataLoader(train, BATCH_SIZE, shuffle=True, collate_fn=train.collate, drop_last=True)
@@ -142,23 +143,30 @@ def plot_loss(metrics: Path, picture: Path, summary: Summary) -> None:
     pyplot.close(figure)
 
 
-def start_server(folder: Path, name: str) -> tuple[subprocess.Popen[str], str]:
+def start_server(folder: Path, name: str, out: Path) -> tuple[subprocess.Popen[bytes], str]:
     """`servekit serve` on a free port; its process and address once it is ready."""
     command = [sys.executable, "-m", "servekit.cli", "serve", str(folder), "--port", "0", "--served-model-name", name]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = out / f"server-{name}.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stderr=file, stdout=file, start_new_session=True)
+    try:
+        return process, wait_until_ready(process, log)
+    except BaseException:
+        stop_server(process)
+        raise
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
     deadline = time.monotonic() + START_LIMIT_S
-    said = []
-    for line in process.stderr or ():
-        said.append(line)
-        if line.startswith(READY):
-            return process, line.removeprefix(READY).strip()
-        if time.monotonic() > deadline:
-            break
-    stop_server(process)
-    raise SystemExit("the server did not start:\n" + "".join(said[-20:]))
+    while process.poll() is None and time.monotonic() < deadline:
+        for line in log.read_text().splitlines():
+            if line.startswith(READY):
+                return line.removeprefix(READY).strip()
+        time.sleep(0.1)
+    raise SystemExit(f"the server did not start:\n{log.read_text()[-2000:]}")
 
 
-def stop_server(process: subprocess.Popen[str]) -> None:
+def stop_server(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
         process.wait(30)
@@ -168,8 +176,8 @@ def stop_server(process: subprocess.Popen[str]) -> None:
 
 
 @contextmanager
-def served(folder: Path, name: str) -> Iterator[str]:
-    process, address = start_server(folder, name)
+def served(folder: Path, name: str, out: Path) -> Iterator[str]:
+    process, address = start_server(folder, name, out)
     try:
         yield address
     finally:
@@ -198,13 +206,13 @@ def ask(address: str, name: str, question: str) -> Answer:
     return answer
 
 
-def compare(base: Path, tuned: Path, summary: Summary) -> None:
+def compare(base: Path, tuned: Path, summary: Summary, out: Path) -> None:
     """Ask both models the same held-out questions and show the answers side by side."""
     examples = docstring_examples("held_out")[-3:]
     table = Table(
         "question", "base model", "tuned model", title="The same questions, before and after", show_lines=True
     )
-    with served(base, "base") as before, served(tuned, "tuned") as after:
+    with served(base, "base", out) as before, served(tuned, "tuned", out) as after:
         ask(after, "tuned", "Hello")  # warm-up
         for example in examples:
             old, new = ask(before, "base", example.question), ask(after, "tuned", example.question)
@@ -228,9 +236,9 @@ def show(summary: Summary, out: Path) -> None:
     (out / "summary.json").write_text(json.dumps(vars(summary), indent=2) + "\n")
 
 
-def keep(tuned: Path) -> None:
+def keep(tuned: Path, out: Path) -> None:
     """Leave a server running and say how to ask it, and how to end it."""
-    process, address = start_server(tuned, "tuned")
+    process, address = start_server(tuned, "tuned", out)
     body = json.dumps(
         {"model": "tuned", "messages": [{"role": "user", "content": "What does `len(obj)` do in Python?"}]}
     )
@@ -258,10 +266,10 @@ def main() -> None:
     summary.model = base.name
     trainkit.seed_everything(0)
     tuned = fine_tune(args, base, summary)
-    compare(base, tuned, summary)
+    compare(base, tuned, summary, args.out)
     show(summary, args.out)
     if args.keep:
-        keep(tuned)
+        keep(tuned, args.out)
 
 
 if __name__ == "__main__":
@@ -270,3 +278,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         console.print("stopped", style="bold red")
         sys.exit(130)
+    except PlatformError as error:
+        console.print(f"error: {error}", style="bold red", markup=False)
+        sys.exit(exit_code(error))
