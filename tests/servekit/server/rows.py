@@ -227,7 +227,7 @@ MESSAGES = [
         CHAT,
         chat(tools=[{"type": "function", "function": {"name": "f", "parameters": BAD_TYPE}}]),
         "grammar_invalid",
-        "tools[0].function.parameters.properties.x.type",
+        "tools[0].function.parameters.type",
     ),
     Row("grm-023", CHAT, chat(tools=[{"type": "function", "function": {}}]), "missing_field", "tools[0].function.name"),
     Row(
@@ -237,6 +237,34 @@ MESSAGES = [
         "out_of_range",
         "tools[0].function.name",
         ("[A-Za-z0-9_-]{1,64}",),
+    ),
+]
+
+
+def schema(number: int, code: str, value: Any, at: str, *words: str) -> Row:
+    """A chat whose answer must fit a JSON schema that cannot be used."""
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": value}}
+    path = f"response_format.json_schema.schema{at}"
+    return Row(f"grm-{number:03}", CHAT, chat(response_format=form), code, path, words)
+
+
+def structured(number: int, code: str, kind: str, value: Any, *words: str) -> Row:
+    body = chat(structured_outputs={kind: value})
+    return Row(f"grm-{number:03}", CHAT, body, code, f"structured_outputs.{kind}", words)
+
+
+LARGE_SCHEMA = {"description": "x" * (70 << 10)}
+
+GRAMMARS = [
+    schema(1, "grammar_invalid", {"type": "not-a-type"}, ".type", "not-a-type"),
+    schema(5, "grammar_remote_ref", {"$ref": "http://169.254.169.254/s.json"}, ".$ref"),
+    schema(6, "grammar_remote_ref", {"$ref": "file:///etc/passwd"}, ".$ref"),
+    schema(8, "grammar_too_large", LARGE_SCHEMA, "", "65536", "--max-schema-bytes"),
+    schema(14, "grammar_unsatisfiable", {"enum": []}, ".enum"),
+    structured(17, "out_of_range", "regex", "a" * 5000, "5000", "4096", "--max-regex-chars"),
+    structured(19, "grammar_invalid", "grammar", ""),
+    Row(
+        "two-formats", CHAT, chat(structured_outputs={"regex": "a", "choice": ["b"]}), "conflict", "structured_outputs"
     ),
 ]
 
@@ -262,4 +290,4 @@ ROUTES = [
     Row("srv-173", "/admin/pause", {}, "not_found", status=404),
 ]
 
-ROWS = [*BODIES, *NAMES, *PROMPTS, *NUMBERS, *LISTS, *MESSAGES, *ROUTES]
+ROWS = [*BODIES, *NAMES, *PROMPTS, *NUMBERS, *LISTS, *MESSAGES, *GRAMMARS, *ROUTES]

@@ -11,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 MAX_MODEL_LEN = 1024
 TEMPLATE = (
-    "{% for message in messages %}<s>{{ message['role'] }} {{ message.get('name', '') }}\n{{ message['content'] }}</s>\n"
-    "{% endfor %}{% if loud %}LOUD{% endif %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    "{% for message in messages %}<s>{{ message['role'] }} {{ message.get('name', '') }}\n"
+    "{{ message['content'] }}</s>\n{% endfor %}"
+    "{% if loud %}LOUD{% endif %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 
 

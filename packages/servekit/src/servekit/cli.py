@@ -1,144 +1,275 @@
-"""The command line: text becomes a config, and the library is called."""
+"""The command line: text to settings, settings to the library."""
 
 from __future__ import annotations
 
 import logging
 import os
+import pkgutil
 import sys
+import traceback
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import click
 
-import servekit
-from common_platform.errors import PlatformError, RequestError, exit_code, shown
+from common_platform.errors import ConfigError, PlatformError, exit_code
+from common_platform.logging import configure
+from servekit import __version__
 from servekit.engine.config import EngineConfig
+from servekit.sampling.parameters import SamplingParams
+from servekit.server.config import ServerConfig
 from servekit.server.limits import ServerLimits, flag_of
 
+KEY_VARIABLE = "SERVEKIT_API_KEY"
+USAGE = 2
+NOT_BACKENDS = ("metadata",)
+MAX_KEY_FILE_BYTES = 65_536
 Command = TypeVar("Command", bound=Callable[..., Any])
-ENGINE = {
-    "dtype": "Weights and KV cache: auto, float32, bfloat16, float16.",
-    "num_threads": "Threads of the matrix products; 0: as many as torch likes.",
-    "max_model_len": "Tokens of one sequence; default: what the model was made for.",
-    "block_size": "Tokens per KV block: 8, 16, 32 or 64.",
-    "kv_cache_memory_bytes": "Memory of the KV cache; default: 40 % of what is free, at most 4 GiB.",
-    "max_num_seqs": "Sequences in one step.",
-    "max_num_batched_tokens": "Tokens in one step.",
-    "long_prefill_token_threshold": "Longest prefill chunk of one request in a step; 0: the whole step.",
+
+ENGINE_HELP = {
+    "dtype": "auto, float32, bfloat16 or float16.",
+    "num_threads": "CPU threads; 0: torch's choice.",
+    "max_model_len": "Longest context in tokens; unset: what the model was made for.",
+    "block_size": "Tokens per KV block.",
+    "kv_cache_memory_bytes": "Memory for keys and values; unset: 40 % of what is free, at most 4 GiB.",
+    "max_num_seqs": "Sequences computed together.",
+    "max_num_batched_tokens": "Tokens a step computes at the most.",
+    "long_prefill_token_threshold": "Longest prefill chunk of one request in a step; 0: no bound.",
     "scheduling_policy": "fcfs, priority or fair.",
 }
-TYPES: dict[str, Any] = {"dtype": str, "scheduling_policy": str}
 
 
 def engine_options(command: Command) -> Command:
-    """One flag for each field of EngineConfig that is a number or a word."""
-    command = click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt anew.")(command)
-    for name, text in reversed(ENGINE.items()):
-        kind = TYPES.get(name, int)
-        default = EngineConfig(model="").__getattribute__(name)
-        option = click.option(flag_of(name), type=kind, default=default, show_default=default is not None, help=text)
+    """One option for each setting of the engine, with its own default."""
+    types = get_type_hints(EngineConfig)
+    for name in reversed(ENGINE_HELP):
+        default = getattr(EngineConfig(model=""), name)
+        kind = next(kind for kind in (get_args(types[name]) or (types[name],)) if kind is not type(None))
+        option = click.option(
+            flag_of(name), type=kind, default=default, help=ENGINE_HELP[name], show_default=default is not None
+        )
+        command = option(command)
+    prefix = click.option(
+        "--enable-prefix-caching/--no-prefix-caching", default=True, show_default=True, help="Reuse shared prefixes."
+    )
+    return prefix(command)
+
+
+def limit_options(command: Command) -> Command:
+    """One option for each limit of the server."""
+    hints = get_type_hints(ServerLimits, include_extras=True)
+    for name in reversed(ServerLimits.__struct_fields__):
+        annotated, meta = get_args(hints[name])
+        kind = float if annotated is float else int
+        default = getattr(ServerLimits(), name)
+        option = click.option(
+            flag_of(name),
+            type=kind,
+            default=default,
+            help=f"Limit: {meta.description}.",
+            show_default=default is not None,
+        )
         command = option(command)
     return command
 
 
-def limit_options(command: Command) -> Command:
-    for field in reversed(fields(ServerLimits)):
-        kind = type(field.default)
-        command = click.option(flag_of(field.name), type=kind, default=field.default, show_default=True)(command)
-    return command
-
-
-def engine_config(model: str, options: dict[str, Any]) -> EngineConfig:
-    chosen = {name: options[name] for name in ENGINE}
-    return EngineConfig(model=model, enable_prefix_caching=not options["no_prefix_caching"], **chosen)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(servekit.__version__, prog_name="servekit")
-def cli() -> None:
-    """Serve large language models."""
+@click.version_option(__version__, prog_name="servekit")
+@click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
+def cli(debug: bool) -> None:
+    """Serve a language model, or run one here."""
 
 
 @cli.command()
-@click.argument("model", type=click.Path())
+@click.argument("model", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=int, default=8000, show_default=True, help="0: a free port.")
-@click.option("--api-key", "api_keys", multiple=True, help="A key that callers must send; may be repeated.")
-@click.option("--api-key-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Keys, one a line.")
-@click.option("--served-model-name", help="The name that requests use; default: the folder's.")
-@click.option("--shutdown-timeout-s", type=float, default=30.0, show_default=True, help="For running requests to end.")
-@click.option("--allow-insecure-bind", is_flag=True, help="Listen beyond this machine without a key.")
-@click.option("--ignore-unknown-fields", is_flag=True, help="Do not refuse fields that nobody here knows.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free port.")
+@click.option("--api-key", multiple=True, help="A key that callers need. Others see it in the process list.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help=f"Keys, one a line. Also: {KEY_VARIABLE}.")
+@click.option("--served-model-name", multiple=True, help="Name in requests; the folder's name unless given.")
+@click.option("--allow-insecure-bind", "--insecure-no-auth", is_flag=True, help="Listen beyond loopback without a key.")
+@click.option("--ignore-unknown-fields", is_flag=True, help="Do not refuse fields that are not known.")
+@click.option("--allow-request-priority", is_flag=True, help="Let callers set priority.")
+@click.option("--shutdown-timeout-s", "--drain-s", default=30.0, show_default=True, help="Seconds for requests to end.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @engine_options
 @limit_options
-def serve(model: str, api_key_file: Path | None, log_level: str, **options: Any) -> None:
-    """Serve MODEL, a checkpoint folder, over an OpenAI-compatible API until interrupted."""
-    from servekit.server.auth import keys_from
-    from servekit.server.run import ServerConfig
-    from servekit.server.run import serve as run
-
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    names = ("host", "port", "served_model_name", "shutdown_timeout_s", "allow_insecure_bind", "ignore_unknown_fields")
-    server = ServerConfig(
-        api_keys=keys_from(options["api_keys"], api_key_file, os.environ.get("SERVEKIT_API_KEY")),
-        limits=ServerLimits(**{field.name: options[field.name] for field in fields(ServerLimits)}),
-        **{name: options[name] for name in names},
+def serve(
+    model: Path,
+    host: str,
+    port: int,
+    api_key: tuple[str, ...],
+    api_key_file: Path | None,
+    served_model_name: tuple[str, ...],
+    allow_insecure_bind: bool,
+    ignore_unknown_fields: bool,
+    allow_request_priority: bool,
+    shutdown_timeout_s: float,
+    log_level: str,
+    **settings: Any,
+) -> int:
+    """Serve MODEL, a model folder, over HTTP until interrupted."""
+    limits = {name: settings.pop(name) for name in ServerLimits.__struct_fields__}
+    config = ServerConfig(
+        host=host,
+        port=port,
+        api_keys=(*api_key, *_keys_from(api_key_file), *_keys_from_environment()),
+        served_model_names=served_model_name or (model.resolve().name,),
+        allow_insecure_bind=allow_insecure_bind,
+        ignore_unknown_fields=ignore_unknown_fields,
+        allow_request_priority=allow_request_priority,
+        shutdown_timeout_s=shutdown_timeout_s,
+        limits=ServerLimits(**limits),
     )
-    sys.exit(run(engine_config(model, options), server))
+    engine_config = EngineConfig(model=str(model), **settings)
+    _configure_logs(log_level)
+    from servekit.server.run import serve as run_server
+
+    return run_server(engine_config, config)
+
+
+def _configure_logs(level: str) -> None:
+    """Our own lines on stderr; the access log is JSON, one object a line."""
+    configure(level)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access = logging.getLogger("servekit.access")
+    access.handlers, access.propagate = [handler], False
+
+
+def _keys_from(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    try:
+        with path.open("rb") as file:
+            lines = file.read(MAX_KEY_FILE_BYTES).decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("api_key_file", path.name, "a readable text file", flag="--api-key-file") from error
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not keys:
+        raise ConfigError("api_key_file", path.name, "at least one key, one a line", flag="--api-key-file")
+    return keys
+
+
+def _keys_from_environment() -> tuple[str, ...]:
+    """Taken out of the environment, so that no child process inherits it."""
+    key = os.environ.pop(KEY_VARIABLE, None)
+    return () if key is None else (key,)
 
 
 @cli.command()
-@click.argument("model", type=click.Path())
+@click.argument("model", type=click.Path(path_type=Path))
 @click.argument("prompt")
-@click.option("--max-tokens", type=int, default=64, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True)
+@click.option("--max-tokens", default=64, show_default=True)
+@click.option("--temperature", default=0.0, show_default=True)
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--seed", type=int, default=None)
 @click.option("--chat", is_flag=True, help="Put PROMPT through the model's chat template.")
 @engine_options
-def generate(model: str, prompt: str, max_tokens: int, temperature: float, chat: bool, **options: Any) -> None:
-    """Answer PROMPT once and print the answer."""
-    from servekit.llm import LLM
-    from servekit.sampling.parameters import SamplingParams
+def generate(
+    model: Path,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    chat: bool,
+    **settings: Any,
+) -> int:
+    """Continue PROMPT with MODEL and print the answer."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    with _load(model, settings) as llm:
+        outputs = llm.chat([{"role": "user", "content": prompt}], params) if chat else llm.generate(prompt, params)
+    click.echo(outputs[0].outputs[0].text)
+    return 0
 
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
-    config = engine_config(model, options)
-    with LLM(**{name: getattr(config, name) for name in config.__struct_fields__}) as llm:
-        asked = llm.chat([{"role": "user", "content": prompt}], params) if chat else llm.generate(prompt, params)
-    click.echo(asked[0].outputs[0].text)
+
+@cli.command(name="chat")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--system", default=None, help="What the model is told first.")
+@click.option("--max-tokens", default=256, show_default=True)
+@click.option("--temperature", default=0.0, show_default=True)
+@click.option("--seed", type=int, default=None)
+@engine_options
+def talk(
+    model: Path, system: str | None, max_tokens: int, temperature: float, seed: int | None, **settings: Any
+) -> int:
+    """Talk to MODEL: a line in, an answer out, until the input ends."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    with _load(model, settings) as llm:
+        for line in sys.stdin:
+            if not line.strip():
+                continue
+            messages.append({"role": "user", "content": line.rstrip("\n")})
+            answer = llm.chat(messages, params)[0].outputs[0].text
+            messages.append({"role": "assistant", "content": answer})
+            click.echo(answer)
+    return 0
+
+
+def _load(model: Path, settings: dict[str, Any]) -> Any:
+    from servekit.llm import LLM
+
+    return LLM(model, **settings)
 
 
 @cli.command()
-def info() -> None:
-    """The device that servekit would use, and its kernels."""
-    import torch
+def info() -> int:
+    """What this machine has, and which kernels are here."""
+    from common_platform.__main__ import report
+    from common_platform.platforms import detect
 
-    click.echo(f"servekit {servekit.__version__}, torch {torch.__version__}")
-    click.echo(f"threads: {torch.get_num_threads()}")
-    click.echo("kernels: reference (torch)")
+    click.echo(f"servekit {__version__}")
+    click.echo(report(detect()))
+    for name, backends in _kernels().items():
+        click.echo(f"kernel {name}: {', '.join(backends)}")
+    return 0
 
 
-def main() -> None:
-    """Exit with the status that the error stands for; its one line goes to stderr."""
+def _kernels() -> dict[str, list[str]]:
+    """Each operation with the files that implement it."""
+    from servekit import kernels
+
+    found = {}
+    for operation in pkgutil.iter_modules(kernels.__path__):
+        if operation.ispkg:
+            folder = [str(Path(kernels.__path__[0]) / operation.name)]
+            names = [module.name for module in pkgutil.iter_modules(folder)]
+            found[operation.name] = [name for name in names if name not in NOT_BACKENDS]
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 2 wrong usage, 3 and on as ``common_platform.errors.EXIT_CODES`` says."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(130)
+        status: int | None = cli.main(arguments, prog_name="servekit", standalone_mode=False)
+        return status or 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return USAGE
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        click.echo(f"error: {error.format_message()}", err=True)
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            click.echo(error.ctx.get_usage(), err=True)
+        return USAGE
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return exit_code(KeyboardInterrupt())
     except PlatformError as error:
-        prefix = "" if error.param or isinstance(error, RequestError) else f"{type(error).__name__}: "
-        click.echo(f"error: {prefix}{error}", err=True)
-        sys.exit(exit_code(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        click.echo(f"error: {shown(str(error))}", err=True)
-        sys.exit(5)
+        click.echo(f"error: {error}", err=True)
+        status = exit_code(error)
+        if status == 1 or _wants_traceback(arguments):
+            traceback.print_exc()
+        return status
+
+
+def _wants_traceback(arguments: list[str] | None) -> bool:
+    return "--debug" in (sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

@@ -1,79 +1,76 @@
-"""Deny by default: once a key is set, every route but GET /health wants it."""
+"""Keys: deny by default, at one place, outside the router."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
+from starlette.requests import Request
+from starlette.routing import Match, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from common_platform.errors import ConfigError
-from servekit.server.errors import error_body, json_response
+from common_platform.errors import RequestError
+from servekit.server.errors import error_response, request_id_of
 
-PUBLIC = {("GET", "/health"), ("HEAD", "/health")}
-SHORTEST_KEY = 8
+Endpoint = TypeVar("Endpoint", bound=Callable[..., object])
 
 
-def _digest(key: bytes) -> bytes:
+def public(endpoint: Endpoint) -> Endpoint:
+    """Mark the endpoint of a route that needs no key."""
+    endpoint.is_public = True  # type: ignore[attr-defined]
+    return endpoint
+
+
+def digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-class ApiKeys:
-    """The keys that open the server, kept as digests.
+class Auth:
+    """Lets a request through if its route is public or its key is one of ours.
 
-    Raises:
-        ConfigError: a key is too short to be one.
+    Only hashes are kept and compared, all of them each time, so that neither the answer's time nor a memory dump
+    tells a key. The hash of the key also names the tenant.
     """
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        for key in keys:
-            if len(key) < SHORTEST_KEY or not key.isascii() or any(c.isspace() for c in key):
-                wanted = f"{SHORTEST_KEY} or more ASCII characters without spaces"
-                raise ConfigError("api_key", f"{len(key)} characters", wanted, flag="--api-key")
-        self._digests = [_digest(key.encode()) for key in keys]
-
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
-    def accept(self, key: bytes) -> bool:
-        """Compares with every key, in constant time."""
-        given = _digest(key)
-        return sum(hmac.compare_digest(given, known) for known in self._digests) > 0
-
-
-def keys_from(api_keys: Sequence[str], file: Path | None, environment: str | None) -> list[str]:
-    """Keys by flag, by a file with one a line, and by the environment."""
-    keys = [*api_keys, *([environment] if environment else [])]
-    if file is not None:
-        lines = file.read_text().splitlines()
-        keys += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    return keys
-
-
-class RequireKey:
-    """An ASGI layer around the whole app, so that no route can be forgotten."""
-
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, router: Router, keys: Iterable[str]) -> None:
         self._app = app
-        self._keys = keys
+        self._router = router
+        self._digests = [digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._keys and (scope["method"], scope["path"]) not in PUBLIC:
-            code = self._refusal([value for name, value in scope["headers"] if name == b"authorization"])
-            if code:
-                message = (
-                    "no API key: send 'Authorization: Bearer KEY'" if code == "missing_api_key" else "wrong API key"
-                )
-                response = json_response(401, error_body(401, code, message), {"WWW-Authenticate": "Bearer"})
-                await response(scope, receive, send)
-                return
+        if scope["type"] != "http" or not self._digests or self._is_public(scope):
+            await self._app(scope, receive, send)
+            return
+        try:
+            scope["state"]["tenant"] = self._tenant(scope)
+        except RequestError as error:
+            response = error_response(error, request_id_of(Request(scope)))
+            await response(scope, receive, send)
+            return
         await self._app(scope, receive, send)
 
-    def _refusal(self, headers: list[bytes]) -> str | None:
-        if not headers:
-            return "missing_api_key"
-        scheme, _, key = headers[0].partition(b" ")
-        right = len(headers) == 1 and scheme.lower() == b"bearer" and self._keys.accept(key.strip())
-        return None if right else "invalid_api_key"
+    def _is_public(self, scope: Scope) -> bool:
+        """By the route that will answer, not by what the path looks like."""
+        for route in self._router.routes:
+            match, _ = route.matches(scope)
+            if match is Match.FULL:
+                return getattr(getattr(route, "endpoint", None), "is_public", False)
+        return False
+
+    def _tenant(self, scope: Scope) -> str:
+        """Raise RequestError unless exactly one ``Authorization: Bearer`` header holds one of the keys."""
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        if not given:
+            raise _refused("missing_api_key", "no API key; send it as Authorization: Bearer KEY")
+        scheme, _, key = given[0].partition(b" ")
+        presented = digest(key.strip())
+        matches = [hmac.compare_digest(presented, known) for known in self._digests]
+        if len(given) > 1 or scheme.lower() != b"bearer" or not any(matches):
+            raise _refused("invalid_api_key", "the API key is not valid")
+        return presented.hex()[:16]
+
+
+def _refused(code: str, message: str) -> RequestError:
+    return RequestError(code=code, message=message, status=401)

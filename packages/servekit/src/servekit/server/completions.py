@@ -112,7 +112,9 @@ def _tokens(door: Door, value: list[Any], path: str) -> list[int]:
     limit = door.facts.max_model_len
     if len(value) > limit:
         allowed = f"at most {limit} tokens, prompt and answer together"
-        raise RequestError(path, f"{len(value)} tokens", allowed, code="context_length_exceeded", flag="--max-model-len")
+        raise RequestError(
+            path, f"{len(value)} tokens", allowed, code="context_length_exceeded", flag="--max-model-len"
+        )
     vocabulary = f"token ids 0..{door.facts.vocab_size - 1}"
     check = f.integer(0, door.facts.vocab_size - 1, allowed=vocabulary)
     return [check(token, f"{path}[{index}]") for index, token in enumerate(value)]

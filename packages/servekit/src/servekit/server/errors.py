@@ -1,23 +1,24 @@
-"""Every answer that is not 2xx has one shape: {"error": {"message", "type", "param", "code"}}."""
+"""Errors as HTTP answers: one body for every status that is not 2xx."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from starlette.responses import Response
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
 
 from common_platform.errors import EngineDead, Overloaded, PlatformError, RequestError
 
-TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-    500: "server_error",
-    503: "server_error",
-}
-RETRY_AFTER_S = "1"
+RETRY_AFTER_S = 1
+CLIENT_GONE = 499  # in the log only: there is nobody to send it to
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+ROUTING = {404: ("not_found", "no such route"), 405: ("method_not_allowed", "the route does not know this method")}
+
+
+class ClientGone(Exception):
+    """The caller left; there is nobody to answer."""
 
 
 def status_of(error: PlatformError) -> int:
@@ -26,29 +27,74 @@ def status_of(error: PlatformError) -> int:
     return 503 if isinstance(error, EngineDead | Overloaded) else 500
 
 
+def error_type(status: int) -> str:
+    return TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
+
+
 def error_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
-    kind = TYPES.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": message, "type": error_type(status), "param": param, "code": code}}
 
 
 def body_of(error: PlatformError, request_id: str) -> tuple[int, dict[str, Any]]:
-    """Status and body; what is our own fault says no more than where to look."""
+    """The status and body for ``error``; of our own faults only the request's id is told."""
     status = status_of(error)
     if status == 500:
         return status, internal_error(request_id)
-    return status, error_body(status, error.code, error.message, error.param)
+    message = "the engine has stopped" if isinstance(error, EngineDead) else error.message
+    return status, error_body(status, error.code, message, error.param)
 
 
 def internal_error(request_id: str) -> dict[str, Any]:
     return error_body(500, "internal_error", f"internal error, id {request_id}")
 
 
-def json_response(status: int, body: Any, headers: dict[str, str] | None = None) -> Response:
-    headers = dict(headers or {})
+def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    body = msgspec.json.encode(content)
+    return Response(body, status, headers=dict(headers or {}), media_type="application/json")
+
+
+def error_response(error: PlatformError, request_id: str) -> Response:
+    status, body = body_of(error, request_id)
+    return json_response(body, status, headers_for(status))
+
+
+def headers_for(status: int) -> dict[str, str]:
+    """What goes with a status: when to come back, how to log in, that the rest of a body is not read."""
     if status in (429, 503):
-        headers.setdefault("Retry-After", RETRY_AFTER_S)
-    return Response(msgspec.json.encode(body), status, headers, "application/json")
+        return {"Retry-After": str(RETRY_AFTER_S)}
+    if status == 401:
+        return {"WWW-Authenticate": "Bearer"}
+    return {"Connection": "close"} if status in (408, 413) else {}
 
 
-def not_found(what: str, code: str = "not_found", param: str | None = None) -> RequestError:
-    return RequestError(param, what, "what GET /v1/models lists", code=code, status=404)
+def request_id_of(request: Request) -> str:
+    return str(request.scope["state"]["request_id"])
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error that a route raises, and the router's own, in our form."""
+
+    async def on_platform_error(request: Request, error: Exception) -> Response:
+        if not isinstance(error, PlatformError):
+            raise error
+        if status_of(error) == 500:
+            raise error
+        return error_response(error, request_id_of(request))
+
+    async def on_http_exception(request: Request, error: Exception) -> Response:
+        if not isinstance(error, HTTPException):
+            raise error
+        code, message = ROUTING.get(error.status_code, ("invalid_request", "the request cannot be served"))
+        body = error_body(error.status_code, code, message)
+        return json_response(body, error.status_code, error.headers)
+
+    async def on_bug(request: Request, error: Exception) -> Response:
+        return json_response(internal_error(request_id_of(request)), 500)
+
+    async def on_client_gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
+    app.add_exception_handler(ClientGone, on_client_gone)
+    app.add_exception_handler(PlatformError, on_platform_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(Exception, on_bug)

@@ -146,4 +146,6 @@ def check_object(
 
 
 def _unknown(path: str) -> RequestError:
-    return RequestError(path, "an unknown field", "known fields only", code="unknown_field", flag="--ignore-unknown-fields")
+    return RequestError(
+        path, "an unknown field", "known fields only", code="unknown_field", flag="--ignore-unknown-fields"
+    )

@@ -2,35 +2,73 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
 
 from common_platform.errors import ConfigError
+from servekit.sampling import parameters
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerLimits:
-    """The flag of a field is its name with dashes: ``max_body_bytes`` is ``--max-body-bytes``."""
-
-    max_body_bytes: int = 32 << 20
-    max_header_bytes: int = 16384
-    max_json_depth: int = 64
-    max_json_nodes: int = 1_000_000
-    body_timeout_s: float = 30.0
-    max_streams: int = 512  # streaming answers open at once
-    max_queue: int = 1024  # requests that wait for a slot
-    max_prompts: int = 256  # of one request
-    max_seqs_per_request: int = 256  # prompts x n
-    max_tokens_per_request: int = 0  # n x max_tokens; 0: 4 x the model's length
-    max_messages: int = 2048
-    max_parts: int = 256  # of one message
-    max_tools: int = 128
-    max_request_timeout_s: float = 3600.0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if getattr(self, field.name) < (0 if field.name in ("max_tokens_per_request", "max_queue") else 1):
-                raise ConfigError(field.name, getattr(self, field.name), "1 or more", flag=flag_of(field.name))
+MIB = 1 << 20
+# Limits that the engine holds as well: the server's may be lower, never higher.
+CEILINGS = {
+    "max_n": parameters.MAX_N,
+    "max_logprobs": parameters.MAX_LOGPROBS,
+    "max_logit_bias": parameters.MAX_LOGIT_BIAS,
+    "max_stop": parameters.MAX_STOP,
+    "max_stop_chars": parameters.MAX_STOP_CHARS,
+    "max_stop_token_ids": parameters.MAX_STOP_TOKEN_IDS,
+    "max_json_depth": 200,  # what the parser can take
+}
 
 
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """The most that a request, and all requests together, may ask for."""
+
+    max_body_bytes: Annotated[int, Meta(description="bytes of a request body")] = 32 * MIB
+    max_header_bytes: Annotated[int, Meta(description="bytes of a request line and its headers")] = 16_384
+    header_timeout_s: Annotated[float, Meta(description="seconds for the headers to arrive")] = 10.0
+    body_timeout_s: Annotated[float, Meta(description="seconds for the body to arrive")] = 30.0
+    max_json_depth: Annotated[int, Meta(description="arrays and objects inside one another")] = 64
+    max_json_nodes: Annotated[int, Meta(description="arrays, objects and strings of a body")] = 1_000_000
+    max_streams: Annotated[int, Meta(description="streamed answers at once")] = 512
+    max_queue: Annotated[int, Meta(description="requests that wait for a place in the batch")] = 1_024
+    stream_stall_s: Annotated[float, Meta(description="seconds a caller may leave a stream unread")] = 30.0
+    step_stall_s: Annotated[float, Meta(description="seconds a step may take before health fails")] = 30.0
+    max_n: Annotated[int, Meta(description="n and best_of")] = CEILINGS["max_n"]
+    max_prompts: Annotated[int, Meta(description="prompts of a request")] = 256
+    max_seqs_per_request: Annotated[int, Meta(description="prompts times n")] = 256
+    max_tokens_per_request: Annotated[int | None, Meta(description="n times max_tokens; 4 x the context")] = None
+    max_logprobs: Annotated[int, Meta(description="logprobs, top_logprobs, prompt_logprobs")] = CEILINGS["max_logprobs"]
+    max_logit_bias: Annotated[int, Meta(description="entries of logit_bias")] = CEILINGS["max_logit_bias"]
+    max_stop: Annotated[int, Meta(description="stop strings")] = CEILINGS["max_stop"]
+    max_stop_chars: Annotated[int, Meta(description="characters of a stop string")] = CEILINGS["max_stop_chars"]
+    max_stop_token_ids: Annotated[int, Meta(description="stop token ids")] = CEILINGS["max_stop_token_ids"]
+    max_messages: Annotated[int, Meta(description="messages of a chat")] = 2_048
+    max_parts: Annotated[int, Meta(description="content parts of a message")] = 256
+    max_tools: Annotated[int, Meta(description="tools of a request")] = 128
+    max_request_timeout_s: Annotated[float, Meta(description="seconds a caller may give a request")] = 3600.0
+    max_schema_bytes: Annotated[int, Meta(description="bytes of a JSON schema or grammar")] = 65_536
+    max_schema_depth: Annotated[int, Meta(description="schemas inside one another")] = 32
+    max_regex_chars: Annotated[int, Meta(description="characters of a regex")] = 4_096
+    max_grammar_states: Annotated[int, Meta(description="states a regex may unfold to")] = 100_000
+    max_tokenize_chars: Annotated[int, Meta(description="characters to /tokenize")] = 4 * MIB
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            _check_limit(name, getattr(self, name))
+
+
+def _check_limit(name: str, value: float | None) -> None:
+    if value is None:
+        return
+    ceiling = CEILINGS.get(name)
+    if not (math.isfinite(value) and value > 0 and (ceiling is None or value <= ceiling)):
+        allowed = "more than 0" if ceiling is None else f"1..{ceiling}"
+        raise ConfigError(name, value, allowed, flag=flag_of(name))

@@ -7,18 +7,21 @@ from typing import Any
 
 from common_platform.errors import RequestError
 from servekit.server import fields as f
-from servekit.server.config import Limits
+from servekit.server.limits import ServerLimits
+from servekit.server.structured import check_schema
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FUNCTION_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ANY_LENGTH = 2**31  # bounded by the body
 
 
-def check_messages(limits: Limits) -> f.Check:
+def check_messages(limits: ServerLimits) -> f.Check:
     """A list of messages in the form that chat templates read: content is one text."""
 
     def check(value: Any, path: str) -> list[dict[str, Any]]:
-        messages = f.listed(lambda item, at: _message(item, at, limits), limits.max_messages, least=1, flag="--max-messages")
+        messages = f.listed(
+            lambda item, at: _message(item, at, limits), limits.max_messages, least=1, flag="--max-messages"
+        )
         checked: list[dict[str, Any]] = messages(value, path)
         _check_tool_answers(checked, path)
         return checked
@@ -26,7 +29,7 @@ def check_messages(limits: Limits) -> f.Check:
     return check
 
 
-def _message(value: Any, path: str, limits: Limits) -> dict[str, Any]:
+def _message(value: Any, path: str, limits: ServerLimits) -> dict[str, Any]:
     checks: dict[str, f.Check] = {
         "role": f.one_of(*ROLES, code="unsupported_role"),
         "content": lambda content, at: _content(content, at, limits),
@@ -43,7 +46,7 @@ def _message(value: Any, path: str, limits: Limits) -> dict[str, Any]:
     return message
 
 
-def _content(value: Any, path: str, limits: Limits) -> str:
+def _content(value: Any, path: str, limits: ServerLimits) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -76,20 +79,27 @@ def _check_tool_answers(messages: list[dict[str, Any]], path: str) -> None:
             raise RequestError(f"{path}[{index}]", "a tool's answer", "one to a tool call before it", code="conflict")
 
 
-def check_tools(limits: Limits) -> f.Check:
-    return f.listed(_tool, limits.max_tools, flag="--max-tools")
+def check_tools(limits: ServerLimits) -> f.Check:
+    return f.listed(lambda tool, at: _tool(tool, at, limits), limits.max_tools, flag="--max-tools")
 
 
-def _tool(value: Any, path: str) -> dict[str, Any]:
-    checks: dict[str, f.Check] = {"type": f.one_of("function"), "function": _function}
+def _tool(value: Any, path: str, limits: ServerLimits) -> dict[str, Any]:
+    checks: dict[str, f.Check] = {
+        "type": f.one_of("function"),
+        "function": lambda function, at: _function(function, at, limits),
+    }
     return f.check_object(value, path, checks, required=("type", "function"))
 
 
-def _function(value: Any, path: str) -> dict[str, Any]:
+def _function(value: Any, path: str, limits: ServerLimits) -> dict[str, Any]:
+    def parameters(schema: Any, at: str) -> dict[str, Any]:
+        check_schema(f.any_object(schema, at), at, limits)
+        return schema
+
     checks: dict[str, f.Check] = {
         "name": _function_name,
         "description": f.text(ANY_LENGTH),
-        "parameters": f.any_object,
+        "parameters": parameters,
         "strict": f.boolean,
     }
     return f.check_object(value, path, checks, required=("name",))

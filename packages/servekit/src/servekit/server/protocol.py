@@ -26,6 +26,7 @@ class GenerationRequest:
     continuous_usage: bool = False
     priority: int = 0
     cache_salt: str = ""
+    timeout_s: float | None = None
     return_token_ids: bool = False
     param_names: Mapping[str, str] | None = None  # the engine's name of a field -> the caller's
 
@@ -107,6 +108,7 @@ def common_fields(door: Door) -> dict[str, f.Check]:
         "service_tier": f.one_of("auto", "default"),
         "cache_salt": f.text(256, min_chars=1),
         "priority": priority,
+        "timeout": f.number(0, limits.max_request_timeout_s, above=True),
         "add_special_tokens": f.boolean,
         "return_token_ids": f.boolean,
         "logits_processors": f.refused("no processors from callers"),
@@ -115,10 +117,11 @@ def common_fields(door: Door) -> dict[str, f.Check]:
 
 
 SAMPLING_FIELDS = (
-    "n best_of temperature top_p top_k min_p typical_p presence_penalty frequency_penalty repetition_penalty logit_bias "
-    "allowed_token_ids bad_words max_tokens min_tokens stop stop_token_ids include_stop_str_in_output ignore_eos seed "
-    "prompt_logprobs skip_special_tokens spaces_between_special_tokens"
-).split()
+    *("n", "best_of", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words"),
+    *("min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "prompt_logprobs"),
+    *("skip_special_tokens", "spaces_between_special_tokens"),
+)
 
 
 def sampling_params(
@@ -168,6 +171,7 @@ def stream_fields(checked: Mapping[str, Any]) -> dict[str, Any]:
         "continuous_usage": options.get("continuous_usage_stats", False),
         "priority": checked.get("priority", 0),
         "cache_salt": checked.get("cache_salt", ""),
+        "timeout_s": checked.get("timeout"),
         "return_token_ids": checked.get("return_token_ids", False),
     }
 

@@ -1,4 +1,4 @@
-"""A server's life: take the port, load the model, say that it is ready, serve, drain, leave nothing behind."""
+"""A server from its start to its end: socket, engine, signals, drain."""
 
 from __future__ import annotations
 
@@ -8,148 +8,165 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import uvicorn
 import uvloop
 
-from common_platform.errors import ConfigError, EngineDead, ResourceError
+from common_platform.errors import ResourceError
 from servekit.engine.async_engine import AsyncEngine
 from servekit.engine.config import EngineConfig
-from servekit.server.app import build_app
-from servekit.server.auth import ApiKeys
-from servekit.server.limits import ServerLimits
-from servekit.server.state import ServerState
+from servekit.server.admission import Admission
+from servekit.server.app import build_app, guarded
+from servekit.server.config import ServerConfig
+from servekit.server.http import protocol_class
+from servekit.server.limits import flag_of
 
 log = logging.getLogger("servekit.server")
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-INTERRUPTED = 130
-TERMINATED_BEFORE_THE_END = 143
+BACKLOG = 2048
+LAST_WORDS_S = 0.5
+KEEP_ALIVE_S = 30  # an idle connection
+INTERRUPTED, TERMINATED = 130, 143
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig:
-    """Where to listen, for whom, and how to end."""
+def serve(engine: EngineConfig, config: ServerConfig) -> int:
+    """Serve until a signal comes; the process's exit status.
 
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: a free one
-    api_keys: Sequence[str] = ()
-    served_model_name: str | None = None  # None: the folder's name
-    shutdown_timeout_s: float = 30.0
-    allow_insecure_bind: bool = False
-    ignore_unknown_fields: bool = False
-    limits: ServerLimits = field(default_factory=ServerLimits)
-
-    def __post_init__(self) -> None:
-        if self.host not in LOOPBACK and not self.api_keys and not self.allow_insecure_bind:
-            raise ConfigError(
-                "host", self.host, "127.0.0.1 while there is no API key", flag="--api-key or --allow-insecure-bind"
-            )
-        if not 0 <= self.port <= 65535:
-            raise ConfigError("port", self.port, "0..65535", flag="--port")
-
-
-def serve(engine: EngineConfig, server: ServerConfig) -> int:
-    """Serve until a signal comes; the process's exit status."""
-    listener = take_port(server.host, server.port)
-    with listener:
-        return uvloop.run(_Server(engine, server, listener).run())
-
-
-def take_port(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything expensive is done.
+    SIGTERM: no new requests, those under way have ``shutdown_timeout_s`` to end; 0, or 143 where some had to be cut
+    off. SIGINT: the same, 130. A second signal ends the waiting.
 
     Raises:
-        ResourceError: the port is in use, or may not be used.
-        ConfigError: there is no such address here.
+        ResourceError: the port is taken.
+        ArtifactError, ConfigError: the engine cannot serve this model.
     """
+    listener = bind(config.host, config.port)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_Lifetime(engine, config, listener).run())
+    finally:
+        listener.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The port is ours before the model is loaded, so that a taken one is known at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(2048)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             taken = "in use" if error.errno == errno.EADDRINUSE else "not permitted"
-            raise ResourceError("port", f"{port}, {taken}", "a free port", code="port_in_use", flag="--port") from error
-        raise ConfigError("host", host, "an address of this machine", flag="--host") from error
+            raise ResourceError(
+                "port", f"{port}, {taken}", "a free port", flag=flag_of("port"), code="port_in_use"
+            ) from error
+        raise ResourceError("host", host, "an address of this machine", flag=flag_of("host")) from error
     return listener
 
 
-class _Server:
-    def __init__(self, engine: EngineConfig, server: ServerConfig, listener: socket.socket) -> None:
-        self._engine_config = engine
-        self._config = server
+class _Lifetime:
+    """What happens between start and end. Signals come at any time."""
+
+    def __init__(self, engine_config: EngineConfig, config: ServerConfig, listener: socket.socket) -> None:
+        self._engine_config = engine_config
+        self._config = config
         self._listener = listener
-        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        self._server: uvicorn.Server | None = None
+        self._admission: Admission | None = None
+        self._signals: list[int] = []
+        self._is_cut_off = False
+        self._loading: asyncio.Task[AsyncEngine] | None = None
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._signals.put_nowait, number)
-        starting = asyncio.ensure_future(AsyncEngine.from_config(self._engine_config))
-        stopped = asyncio.ensure_future(self._signals.get())
-        await _first_of(starting, stopped)
-        if stopped.done():
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
-            return INTERRUPTED if stopped.result() is signal.SIGINT else TERMINATED_BEFORE_THE_END
-        engine = starting.result()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        self._loading = asyncio.create_task(AsyncEngine.from_config(self._engine_config))
         try:
-            return await self._serve(engine, stopped)
+            engine = await self._loading
+        except asyncio.CancelledError:
+            return self._status(cut_off=True)
+        try:
+            return self._status(cut_off=await self._serve(engine))
         finally:
             await engine.shutdown()
+            await self._last_words()
 
-    async def _serve(self, engine: AsyncEngine, stopped: asyncio.Future[signal.Signals]) -> int:
-        config = self._config
-        name = config.served_model_name or Path(self._engine_config.model).name
-        state = ServerState(engine, name, config.limits, config.ignore_unknown_fields)
-        web = uvicorn.Server(
-            uvicorn.Config(
-                build_app(state, ApiKeys(config.api_keys)),
-                http="httptools",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                date_header=True,
-                lifespan="off",
-                timeout_keep_alive=30,
-                h11_max_incomplete_event_size=config.limits.max_header_bytes,
-            )
+    async def _serve(self, engine: AsyncEngine) -> bool:
+        """True where requests had to be cut off."""
+        app = build_app(engine, self._config)
+        self._admission = app.state.server.admission
+        server = self._server = _Server(self._uvicorn_config(guarded(app, self._config)))
+        if self._signals:  # one came while the model was being loaded
+            return True
+        heartbeat = asyncio.create_task(app.state.server.heartbeat.run())
+        ready = asyncio.create_task(self._say_ready(server))
+        try:
+            await server.serve(sockets=[self._listener])
+        finally:
+            heartbeat.cancel()
+            ready.cancel()
+            await asyncio.gather(heartbeat, ready, return_exceptions=True)
+        return self._is_cut_off
+
+    async def _last_words(self) -> None:
+        """Streams that were cut off say so."""
+        tasks = self._server.server_state.tasks if self._server is not None else set()
+        if tasks:
+            await asyncio.wait(tasks, timeout=LAST_WORDS_S)
+
+    def _uvicorn_config(self, app: object) -> uvicorn.Config:
+        return uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            http=protocol_class(self._config.limits),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
-        web.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-        serving = asyncio.ensure_future(web._serve([self._listener]))
+
+    async def _say_ready(self, server: uvicorn.Server) -> None:
+        while not server.started:
+            await asyncio.sleep(0.01)
         host, port = self._listener.getsockname()[:2]
-        print(f"servekit: ready on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
-        await _first_of(serving, stopped)
-        number = stopped.result() if stopped.done() else signal.SIGTERM
-        drained = await self._drain(state)
-        web.should_exit = web.force_exit = True
-        await asyncio.wait({serving}, timeout=5)
-        serving.cancel()
-        await asyncio.gather(serving, return_exceptions=True)
-        if number is signal.SIGINT:
+        shown = f"[{host}]" if ":" in host else host
+        print(f"servekit: ready on http://{shown}:{port}", file=sys.stderr, flush=True)
+
+    def _on_signal(self, number: int) -> None:
+        self._signals.append(number)
+        if self._server is None:
+            if self._loading is not None:
+                self._loading.cancel()
+            return
+        if self._server.should_exit:
+            self._cut_off()
+            return
+        if self._admission is not None:
+            self._admission.is_draining = True
+        self._server.should_exit = True
+        asyncio.get_running_loop().call_later(self._config.shutdown_timeout_s, self._cut_off)
+
+    def _cut_off(self) -> None:
+        """Wait no longer: uvicorn ends, and what is still open learns from the engine's end."""
+        if self._server is not None:
+            self._is_cut_off = bool(self._server.server_state.tasks)
+            self._server.force_exit = True
+
+    def _status(self, *, cut_off: bool) -> int:
+        if signal.SIGINT in self._signals:
             return INTERRUPTED
-        return 0 if drained else TERMINATED_BEFORE_THE_END
-
-    async def _drain(self, state: ServerState) -> bool:
-        """No new work; what runs may end, until the time is up or a second signal comes."""
-        state.draining = True
-        again = asyncio.ensure_future(self._signals.get())
-        deadline = asyncio.get_running_loop().time() + self._config.shutdown_timeout_s
-        while state.engine.num_requests and not again.done() and asyncio.get_running_loop().time() < deadline:
-            await asyncio.wait({again}, timeout=0.05)
-        again.cancel()
-        left = state.engine.num_requests
-        if left:
-            log.warning("%d requests were cut off", left)
-        return left == 0 and not isinstance(state.engine.dead, EngineDead)
+        return TERMINATED if cut_off else 0
 
 
-async def _first_of(*futures: asyncio.Future[Any]) -> None:
-    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Signals are ours."""
+        yield

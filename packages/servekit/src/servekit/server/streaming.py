@@ -1,67 +1,146 @@
-"""Server-sent events: one a change, a last one with the usage, and [DONE] only when all is complete."""
+"""Server-sent events, and answers whose caller may leave at any moment."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
 
 import msgspec
-from starlette.responses import StreamingResponse
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
 
-from common_platform.errors import PlatformError, RequestError
-from servekit.engine.async_engine import RequestStream
-from servekit.server.errors import body_of
-from servekit.server.state import ServerState, close_all
+from common_platform.errors import PlatformError
+from servekit.server.errors import ClientGone, body_of, error_response, internal_error, status_of
 
+log = logging.getLogger("servekit.server")
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_S = 15.0
-encode = msgspec.json.Encoder().encode
+HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"}
+T = TypeVar("T")
+_encode = msgspec.json.Encoder().encode
 
 
-def event(body: Any) -> bytes:
-    return b"data: " + encode(body) + b"\n\n"
+def event(content: Any) -> bytes:
+    return b"data: " + _encode(content) + b"\n\n"
 
 
-def sse(
-    state: ServerState, request_id: str, chunks: AsyncIterator[Any], streams: Sequence[RequestStream]
-) -> StreamingResponse:
-    """A response that sends ``chunks`` as events; when the caller goes away, ``streams`` end in the engine.
+async def _left(receive: Receive) -> None:
+    """Return when the caller has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which is cancelled when the caller leaves.
 
     Raises:
-        RequestError: 429, too many streams are open.
+        ClientGone: the caller left first.
     """
-    if state.open_streams >= state.limits.max_streams:
-        limit = f"{state.limits.max_streams} at once"
-        raise RequestError(
-            "stream", state.open_streams, limit, code="too_many_streams", flag="--max-streams", status=429
-        )
-    state.open_streams += 1
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(state, request_id, chunks, streams), 200, headers, "text/event-stream")
+    task, gone = asyncio.create_task(work), asyncio.create_task(_left(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _events(
-    state: ServerState, request_id: str, chunks: AsyncIterator[Any], streams: Sequence[RequestStream]
-) -> AsyncIterator[bytes]:
-    following = None
+class SlowClient(Exception):
+    """The caller does not read what it is sent."""
+
+
+class EventStream(Response):
+    """Sends events as they are made, and a comment while none comes, which keeps proxies from hanging up.
+
+    Nothing is sent before the first event or comment is there, so that what is refused until then has a status of its
+    own. After it, an error is one last event, and no ``[DONE]`` follows.
+
+    Args:
+        events: its ``finally`` frees what the answer holds.
+        stall_s: how long the caller may leave what was sent unread.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes, None], stall_s: float) -> None:
+        super().__init__(headers=HEADERS)
+        del self.headers["content-length"]
+        self._events = events
+        self._stall_s = stall_s
+        self._has_begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        told = scope["state"].setdefault("log", {})
+        try:
+            await while_connected(receive, self._run(scope, receive, send))
+        except ClientGone:
+            told["finish"] = "client_gone"
+        except SlowClient:
+            told["finish"] = "slow_client"
+            scope["state"]["abort_connection"]()
+        finally:
+            await self._events.aclose()
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = scope["state"]["request_id"]
+        try:
+            async for chunk in _paced(self._events):
+                await self._send(send, chunk)
+            await self._send(send, DONE, last=True)
+        except PlatformError as error:
+            if not self._has_begun and status_of(error) == 500:
+                raise
+            if not self._has_begun:
+                await error_response(error, request_id)(scope, receive, send)
+                return
+            log.warning("request %s failed: %s", request_id, error)
+            await self._send(send, event(body_of(error, request_id)[1]), last=True)
+        except SlowClient:
+            raise
+        except Exception:
+            if self._has_begun:
+                await self._send(send, event(internal_error(request_id)), last=True)
+            raise
+
+    async def _send(self, send: Send, chunk: bytes, *, last: bool = False) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await send({"type": "http.response.body", "body": chunk, "more_body": not last})
+        except TimeoutError as error:
+            raise SlowClient from error
+
+
+async def _paced(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """The events, with a comment wherever nothing comes for a while."""
+    following: asyncio.Task[bytes] | None = None
     try:
         while True:
-            following = following or asyncio.ensure_future(anext(chunks, None))
-            done, _ = await asyncio.wait({following}, timeout=KEEP_ALIVE_S)
-            if not done:
+            following = following or asyncio.ensure_future(_following(events))
+            await asyncio.wait({following}, timeout=KEEP_ALIVE_S)
+            if following.done():
+                chunk, following = following.result(), None
+                if not chunk:
+                    return
+                yield chunk
+            else:
                 yield KEEP_ALIVE
-                continue
-            chunk, following = following.result(), None
-            if chunk is None:
-                break
-            yield event(chunk)
-        yield DONE
-    except PlatformError as error:
-        yield event(body_of(error, request_id)[1])
     finally:
-        state.open_streams -= 1
         if following is not None:
             following.cancel()
-        await close_all(streams)
+            await asyncio.gather(following, return_exceptions=True)
+
+
+async def _following(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events, b"")
+
+
+def tenant_of(request: Request) -> str:
+    """The key that the request came with, as a name; empty where no keys are set."""
+    return str(request.scope["state"].get("tenant", ""))

@@ -10,13 +10,13 @@ from common_platform.errors import RequestError
 from servekit.sampling.parameters import StructuredOutput
 from servekit.sampling.structured.limits import GrammarLimits, check_limits
 from servekit.server import fields as f
-from servekit.server.config import Limits
+from servekit.server.limits import ServerLimits
 
 SCHEMA = "response_format.json_schema.schema"
 Names = dict[str, str]  # the engine's name of a field -> the caller's
 
 
-def structured_output(checked: Mapping[str, Any], limits: Limits) -> tuple[StructuredOutput | None, Names]:
+def structured_output(checked: Mapping[str, Any], limits: ServerLimits) -> tuple[StructuredOutput | None, Names]:
     """The constraint asked for, refused here where reading it is enough to refuse it.
 
     Raises:
@@ -27,7 +27,7 @@ def structured_output(checked: Mapping[str, Any], limits: Limits) -> tuple[Struc
         raise RequestError("structured_outputs", "an object", "nothing beside response_format", code="conflict")
     if by_format is not None:
         names = {"json": SCHEMA, "structured_outputs": "response_format"}
-        spec = _of_response_format(by_format, limits)
+        spec = _of_response_format(by_format)
     elif direct is not None:
         names = {kind: f"structured_outputs.{kind}" for kind in ("json", "regex", "choice", "grammar")}
         spec = _of_structured_outputs(direct, limits)
@@ -38,7 +38,7 @@ def structured_output(checked: Mapping[str, Any], limits: Limits) -> tuple[Struc
     return spec, names
 
 
-def _check(spec: StructuredOutput, limits: Limits, names: Names) -> None:
+def _check(spec: StructuredOutput, limits: ServerLimits, names: Names) -> None:
     grammar_limits = GrammarLimits(
         max_schema_bytes=limits.max_schema_bytes,
         max_schema_depth=limits.max_schema_depth,
@@ -51,7 +51,12 @@ def _check(spec: StructuredOutput, limits: Limits, names: Names) -> None:
         raise renamed(error, names) from error
 
 
-def _of_response_format(value: dict[str, Any], limits: Limits) -> StructuredOutput | None:
+def check_schema(schema: dict[str, Any], path: str, limits: ServerLimits) -> None:
+    """Raise RequestError, with a path below ``path``, for a JSON schema that could not be compiled."""
+    _check(StructuredOutput(json=_as_text(schema)), limits, {"json": path})
+
+
+def _of_response_format(value: dict[str, Any]) -> StructuredOutput | None:
     path = "response_format"
     kind = value.get("type")
     checks: dict[str, f.Check] = {"type": f.one_of("text", "json_object", "json_schema")}
@@ -75,7 +80,7 @@ def _json_schema(value: Any, path: str) -> dict[str, Any]:
     return f.check_object(value, path, checks, required=("name", "schema"))
 
 
-def _of_structured_outputs(value: dict[str, Any], limits: Limits) -> StructuredOutput:
+def _of_structured_outputs(value: dict[str, Any], limits: ServerLimits) -> StructuredOutput:
     text = f.text(limits.max_schema_bytes, flag="--max-schema-bytes")
     checks: dict[str, f.Check] = {
         "json": _schema,

@@ -1,1 +1,1 @@
-"""The routes, one file a family."""
+"""One file a group of routes."""

@@ -1,122 +1,140 @@
-"""POST /v1/chat/completions."""
+"""``POST /v1/chat/completions``."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
+from fastapi import APIRouter, Request, Response
 
 from common_platform.errors import RequestError
-from servekit.engine.async_engine import RequestStream
 from servekit.engine.output import CompletionOutput, RequestOutput
-from servekit.sampling.parameters import SamplingParams
-from servekit.server import formats, messages, protocol
-from servekit.server.errors import json_response
-from servekit.server.protocol import ChatRequest
-from servekit.server.state import ServerState, collect, merged, new_id
-from servekit.server.streaming import sse
+from servekit.engine.validate import MAX_CHARS_PER_TOKEN
+from servekit.server.body import read_json
+from servekit.server.chat import ChatRequest, read_chat
+from servekit.server.errors import json_response, request_id_of
+from servekit.server.formats import Envelope, Usage, chat_logprobs, prompt_logprobs
+from servekit.server.generation import Job
+from servekit.server.state import ServerState, state_of
+from servekit.server.streaming import EventStream, event, tenant_of, while_connected
+
+router = APIRouter()
 
 
-async def create(state: ServerState, http: Request) -> Response:
-    body = protocol.convert(await state.read_body(http), ChatRequest, ignore_unknown=state.ignore_unknown_fields)
-    state.check_model(body.model)
-    params = _params(body, state)
-    prompt = messages.render(body, state.engine.tokenizer, state.limits)
-    request_id = new_id("chatcmpl")
-    streams = await state.submit(
-        request_id,
-        [("messages", prompt)],
-        params,
-        cache_salt=body.cache_salt or "",
-        tenant=body.user or "",
-        timeout_s=body.timeout,
-        add_special_tokens=bool(body.add_special_tokens),
-    )
-    answer = _Answer(state, body, request_id)
-    if body.stream:
-        return sse(state, request_id, answer.chunks(streams, params.n), streams)
-    outputs = await collect(http, streams)
-    return Response(status_code=499) if outputs is None else json_response(200, answer.whole(outputs[0]))
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    state = state_of(request)
+    body = await read_json(request, state.config.limits)
+    asked = read_chat(state.door, body, state.chat_checks)
+    prompt = render(state, asked.messages, asked.add_generation_prompt, asked.template_variables)
+    answer = _Answer(state, asked, prompt, request_id_of(request), tenant_of(request))
+    if asked.stream:
+        return EventStream(answer.events(), state.config.limits.stream_stall_s)
+    return json_response(await while_connected(request.receive, answer.whole()))
 
 
-def _params(body: ChatRequest, state: ServerState) -> SamplingParams:
-    if body.top_logprobs is not None and not body.logprobs:
-        raise RequestError("top_logprobs", body.top_logprobs, "logprobs = true beside it", code="conflict")
-    protocol.check_logprobs("top_logprobs", body.top_logprobs)
-    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
-        raise RequestError("max_tokens", body.max_tokens, "only one of max_tokens and max_completion_tokens",
-                           code="conflict")  # fmt: skip
-    asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    if asked is not None and not 1 <= asked <= state.engine.facts.max_model_len:
-        limit = f"1..{state.engine.facts.max_model_len}"
-        raise RequestError(name, asked, limit, code="out_of_range", flag="--max-model-len")
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return protocol.sampling_params(
-        body, state.limits, state.engine.facts.max_model_len, max_tokens=asked, logprobs=logprobs
+def render(state: ServerState, messages: list[dict[str, Any]], add_generation_prompt: bool, variables: Any) -> str:
+    """The prompt of a chat; one that could never fit is not rendered.
+
+    Raises:
+        RequestError: too long, or refused by the model's template.
+    """
+    facts = state.engine.facts
+    num_chars = sum(len(message.get("content") or "") for message in messages)
+    if num_chars > facts.max_model_len * MAX_CHARS_PER_TOKEN:
+        allowed = f"at most {facts.max_model_len} tokens, prompt and answer together"
+        got = f"{num_chars} characters"
+        raise RequestError("messages", got, allowed, code="context_length_exceeded", flag="--max-model-len")
+    return state.engine.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=add_generation_prompt, **dict(variables)
     )
 
 
 class _Answer:
-    """The answer to one chat, whole or in pieces."""
+    """One answer on its way: ``n`` choices to one chat."""
 
-    def __init__(self, state: ServerState, body: ChatRequest, request_id: str) -> None:
-        self.body = body
-        self.tokenizer = state.engine.tokenizer
-        self.head = {
-            "id": request_id,
-            "created": int(time.time()),
-            "model": state.model_name,
-            "system_fingerprint": None,
-        }
+    def __init__(self, state: ServerState, asked: ChatRequest, prompt: str, request_id: str, tenant: str) -> None:
+        self._state = state
+        self._asked = asked
+        self._request_id = request_id
+        self._tenant = tenant
+        self._job = Job(asked, [prompt], ["prompt"], asked.add_special_tokens)
+        kind = "chat.completion.chunk" if asked.stream else "chat.completion"
+        self._envelope = Envelope(f"chatcmpl-{request_id[4:]}", kind, asked.model)
+        self._usage = Usage()
+        self._begun: set[int] = set()  # choices whose role has been sent
 
-    def whole(self, output: RequestOutput) -> dict[str, Any]:
-        choices = []
-        for answer in output.outputs:
-            formats.check_answer(answer)
-            choices.append(
-                {
-                    "index": answer.index,
-                    "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                    "logprobs": self._logprobs(answer.logprobs),
-                    "finish_reason": answer.finish_reason,
-                    "stop_reason": answer.stop_reason,
-                }
-            )
-        tokens = sum(len(answer.token_ids) for answer in output.outputs)
-        head = self.head | {"object": "chat.completion"}
-        return head | {"choices": choices, "usage": formats.usage([output], tokens)}
+    async def whole(self) -> dict[str, Any]:
+        generation = self._state.generation()
+        latest: dict[int, CompletionOutput] = {}
+        output: RequestOutput | None = None
+        try:
+            await generation.open(self._job, request_id=self._request_id, tenant=self._tenant)
+            async for prompt, output in generation.outputs():
+                self._usage.add(prompt, output)
+                latest |= {choice.index: choice for choice in output.outputs}
+        finally:
+            await generation.close()
+        choices = [self._whole_choice(latest[index]) for index in sorted(latest)]
+        return self._envelope(choices, usage=self._usage.to_json(), **self._about_prompt(output))
 
-    def _logprobs(self, entries: Sequence[Any] | None) -> dict[str, Any] | None:
-        return formats.chat_logprobs(entries or [], self.tokenizer) if self.body.logprobs else None
+    def _about_prompt(self, output: RequestOutput | None) -> dict[str, Any]:
+        about: dict[str, Any] = {}
+        if output is not None and self._asked.return_token_ids:
+            about["prompt_token_ids"] = output.prompt_token_ids
+        num_top = self._asked.params.prompt_logprobs
+        if output is not None and num_top is not None:
+            entries = output.prompt_logprobs or []
+            about["prompt_logprobs"] = prompt_logprobs(entries, self._state.engine.tokenizer, num_top)
+        return about
 
-    async def chunks(self, streams: Sequence[RequestStream], n: int) -> AsyncIterator[dict[str, Any]]:
-        head = self.head | {"object": "chat.completion.chunk"}
-        for index in range(n):
-            delta = {"role": "assistant", "content": "", "refusal": None}
-            yield head | {"choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]}
-        tokens, last = 0, None
-        async for _, output in merged(streams):
-            last = output
-            for answer in output.outputs:
-                formats.check_answer(answer)
-                tokens += len(answer.delta_token_ids)
-                choice = self._choice(answer)
-                if choice:
-                    yield head | {"choices": [choice]}
-        if last and self.body.stream_options and self.body.stream_options.include_usage:
-            yield head | {"choices": [], "usage": formats.usage([last], tokens)}
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        generation = self._state.generation()
+        with self._state.admission.stream():
+            try:
+                await generation.open(self._job, request_id=self._request_id, tenant=self._tenant)
+                async for prompt, output in generation.outputs():
+                    self._usage.add(prompt, output)
+                    for choice in output.outputs:
+                        for chunk in self._chunks(choice):
+                            yield event(self._envelope([chunk], **self._running_usage()))
+                if self._asked.include_usage:
+                    yield event(self._envelope([], usage=self._usage.to_json()))
+            finally:
+                await generation.close()
 
-    def _choice(self, answer: CompletionOutput) -> dict[str, Any] | None:
-        if not answer.delta_text and not answer.finish_reason and not answer.delta_logprobs:
-            return None
-        return {
-            "index": answer.index,
-            "delta": {"content": answer.delta_text} if answer.delta_text else {},
-            "logprobs": self._logprobs(answer.delta_logprobs) if answer.delta_logprobs else None,
-            "finish_reason": answer.finish_reason,
-            "stop_reason": answer.stop_reason,
-        }
+    def _running_usage(self) -> dict[str, Any]:
+        if self._asked.continuous_usage:
+            return {"usage": self._usage.to_json()}
+        return {"usage": None} if self._asked.include_usage else {}
+
+    def _chunks(self, choice: CompletionOutput) -> list[dict[str, Any]]:
+        """The role first, then text as it comes; the reason of the end stands in the last chunk."""
+        chunks = []
+        if choice.index not in self._begun:
+            self._begun.add(choice.index)
+            delta = {"role": "assistant", "content": ""}
+            chunks.append({"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None})
+        wanted = self._asked.return_token_ids or self._asked.params.logprobs is not None
+        if choice.delta_text or choice.finish_reason or (wanted and choice.delta_token_ids):
+            delta = {"content": choice.delta_text} if choice.delta_text else {}
+            chunks.append(self._choice(choice, {"delta": delta}, choice.delta_token_ids, choice.delta_logprobs))
+        return chunks
+
+    def _whole_choice(self, choice: CompletionOutput) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        return self._choice(choice, {"message": message}, choice.token_ids, choice.logprobs or [])
+
+    def _choice(
+        self, choice: CompletionOutput, said: dict[str, Any], token_ids: list[int], logprobs: list[Any]
+    ) -> dict[str, Any]:
+        made: dict[str, Any] = {"index": choice.index} | said
+        made |= {"logprobs": None, "finish_reason": choice.finish_reason}
+        num_top = self._asked.params.logprobs
+        if num_top is not None:
+            made["logprobs"] = chat_logprobs(logprobs, self._state.engine.tokenizer, num_top)
+        if choice.finish_reason is not None:
+            made["stop_reason"] = choice.stop_reason
+        if self._asked.return_token_ids:
+            made["token_ids"] = token_ids
+        return made

@@ -1,175 +1,139 @@
-"""POST /v1/completions."""
+"""``POST /v1/completions``."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
+from fastapi import APIRouter, Request, Response
 
-from common_platform.errors import RequestError
-from servekit.core.plan import TokenLogprob
-from servekit.engine.async_engine import RequestStream
 from servekit.engine.output import CompletionOutput, RequestOutput
-from servekit.sampling.parameters import SamplingParams
-from servekit.server import formats, protocol
-from servekit.server.errors import json_response
+from servekit.server.body import read_json
+from servekit.server.completions import read_completion
+from servekit.server.errors import json_response, request_id_of
+from servekit.server.formats import CompletionLogprobs, Envelope, Usage, joined, prompt_logprobs
+from servekit.server.generation import Job
 from servekit.server.protocol import CompletionRequest
-from servekit.server.state import ServerState, collect, merged, new_id
-from servekit.server.streaming import sse
+from servekit.server.state import ServerState, state_of
+from servekit.server.streaming import EventStream, event, tenant_of, while_connected
+
+router = APIRouter()
 
 
-async def create(state: ServerState, http: Request) -> Response:
-    body = protocol.convert(await state.read_body(http), CompletionRequest, ignore_unknown=state.ignore_unknown_fields)
-    state.check_model(body.model)
-    prompts = protocol.prompts_of(body, state.limits)
-    params = _params(body, state, len(prompts))
-    request_id = new_id("cmpl")
-    streams = await state.submit(
-        request_id,
-        prompts,
-        params,
-        cache_salt=body.cache_salt or "",
-        tenant=body.user or "",
-        timeout_s=body.timeout,
-        add_special_tokens=body.add_special_tokens is not False,
-    )
-    answer = _Answer(state, body, params, request_id)
-    if body.stream:
-        return sse(state, request_id, answer.chunks(streams), streams)
-    outputs = await collect(http, streams)
-    return Response(status_code=499) if outputs is None else json_response(200, answer.whole(outputs))
-
-
-def _params(body: CompletionRequest, state: ServerState, num_prompts: int) -> SamplingParams:
-    if body.suffix is not None:
-        raise RequestError("suffix", body.suffix, "a model with infill", code="unsupported")
-    if body.prompt_embeds is not None:
-        raise RequestError("prompt_embeds", "embeddings", "text or token ids", code="prompt_embeds_disabled",
-                           flag="--enable-prompt-embeds")  # fmt: skip
-    if body.max_tokens == 0 and not body.echo:
-        raise RequestError("max_tokens", 0, "1 or more unless echo is true", code="out_of_range")
-    if body.max_tokens is not None and not 0 <= body.max_tokens <= state.engine.facts.max_model_len:
-        limit = f"1..{state.engine.facts.max_model_len}"
-        raise RequestError("max_tokens", body.max_tokens, limit, code="out_of_range", flag="--max-model-len")
-    if body.stream and body.best_of is not None and body.best_of > (body.n or 1):
-        raise RequestError("best_of", body.best_of, "n where stream is true", code="conflict")
-    if body.best_of is not None and body.n is not None and 1 <= body.best_of < body.n:
-        raise RequestError("best_of", body.best_of, f"n = {body.n} or more", code="conflict")
-    protocol.check_logprobs("logprobs", body.logprobs)
-    max_tokens = protocol.DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    more: dict[str, Any] = {"best_of": body.best_of, "logprobs": body.logprobs}
-    if body.echo and body.logprobs is not None:
-        more["prompt_logprobs"] = body.logprobs
-    return protocol.sampling_params(
-        body,
-        state.limits,
-        state.engine.facts.max_model_len,
-        max_tokens=max_tokens,
-        num_prompts=num_prompts,
-        **more,
-    )
+@router.post("/v1/completions")
+async def completions(request: Request) -> Response:
+    state = state_of(request)
+    body = await read_json(request, state.config.limits)
+    asked = read_completion(state.door, body, state.completion_checks)
+    answer = _Answer(state, asked, request_id_of(request), tenant_of(request))
+    if asked.stream:
+        return EventStream(answer.events(), state.config.limits.stream_stall_s)
+    return json_response(await while_connected(request.receive, answer.whole()))
 
 
 class _Answer:
-    """The answer to one request, whole or in pieces."""
+    """One answer on its way: all choices of all prompts."""
 
-    def __init__(self, state: ServerState, body: CompletionRequest, params: SamplingParams, request_id: str) -> None:
-        self.body = body
-        self.params = params
-        self.tokenizer = state.engine.tokenizer
-        self.head = {
-            "id": request_id,
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": state.model_name,
-            "system_fingerprint": None,
-        }
+    def __init__(self, state: ServerState, asked: CompletionRequest, request_id: str, tenant: str) -> None:
+        self._state = state
+        self._asked = asked
+        self._request_id = request_id
+        self._tenant = tenant
+        self._tokenizer = state.engine.tokenizer
+        self._envelope = Envelope(f"cmpl-{request_id[4:]}", "text_completion", asked.model)
+        self._usage = Usage()
+        self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice
+        self._begun: set[int] = set()  # choices whose prompt has been echoed
 
-    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        choices = []
-        for index, output in enumerate(outputs):
-            for answer in output.outputs:
-                formats.check_answer(answer)
-                choices.append(self._choice(index, output, answer))
-        tokens = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
-        return self.head | {"choices": choices, "usage": formats.usage(outputs, tokens)}
+    def _job(self) -> Job:
+        asked = self._asked
+        names = [f"prompt[{i}]" if asked.is_batch else "prompt" for i in range(len(asked.prompts))]
+        return Job(asked, asked.prompts, names, asked.add_special_tokens)
 
-    def _choice(self, index: int, output: RequestOutput, answer: CompletionOutput) -> dict[str, Any]:
-        prompt = self._prompt_text(output)
-        choice = {
-            "index": index * self.params.n + answer.index,
-            "text": prompt + answer.text,
-            "logprobs": self._logprobs(output, answer.logprobs or [], len(prompt)),
-            "finish_reason": answer.finish_reason,
-            "stop_reason": answer.stop_reason,
-        }
-        if self.body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = _prompt_logprobs(output, self.tokenizer)
-        return choice
+    async def whole(self) -> dict[str, Any]:
+        generation = self._state.generation()
+        latest: dict[int, tuple[RequestOutput, CompletionOutput]] = {}
+        try:
+            await generation.open(self._job(), request_id=self._request_id, tenant=self._tenant)
+            async for prompt, output in generation.outputs():
+                self._usage.add(prompt, output)
+                for choice in output.outputs:
+                    latest[self._index(prompt, choice)] = (output, choice)
+        finally:
+            await generation.close()
+        choices = [self._whole_choice(index, *latest[index]) for index in sorted(latest)]
+        return self._envelope(choices, usage=self._usage.to_json())
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        generation = self._state.generation()
+        with self._state.admission.stream():
+            try:
+                await generation.open(self._job(), request_id=self._request_id, tenant=self._tenant)
+                async for prompt, output in generation.outputs():
+                    self._usage.add(prompt, output)
+                    for choice in output.outputs:
+                        chunk = self._chunk(self._index(prompt, choice), output, choice)
+                        if chunk is not None:
+                            yield event(self._envelope([chunk], **self._running_usage()))
+                if self._asked.include_usage:
+                    yield event(self._envelope([], usage=self._usage.to_json()))
+            finally:
+                await generation.close()
+
+    def _index(self, prompt: int, choice: CompletionOutput) -> int:
+        return prompt * self._asked.params.n + choice.index
+
+    def _running_usage(self) -> dict[str, Any]:
+        if self._asked.continuous_usage:
+            return {"usage": self._usage.to_json()}
+        return {"usage": None} if self._asked.include_usage else {}
+
+    def _whole_choice(self, index: int, output: RequestOutput, choice: CompletionOutput) -> dict[str, Any]:
+        made = self._choice(index, choice, choice.text, choice.token_ids, choice.logprobs or [], output)
+        if self._asked.params.prompt_logprobs is not None:
+            num_top = self._asked.params.prompt_logprobs
+            made["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs or [], self._tokenizer, num_top)
+        return made
+
+    def _chunk(self, index: int, output: RequestOutput, choice: CompletionOutput) -> dict[str, Any] | None:
+        """What the last update added, or None where a caller could not see it."""
+        wanted = self._asked.return_token_ids or self._asked.params.logprobs is not None
+        first_echo = self._asked.echo and index not in self._begun
+        if not (choice.delta_text or choice.finish_reason or first_echo or (wanted and choice.delta_token_ids)):
+            return None
+        return self._choice(index, choice, choice.delta_text, choice.delta_token_ids, choice.delta_logprobs, output)
+
+    def _choice(
+        self,
+        index: int,
+        choice: CompletionOutput,
+        text: str,
+        token_ids: list[int],
+        logprobs: list[Any],
+        output: RequestOutput,
+    ) -> dict[str, Any]:
+        is_first = index not in self._begun
+        self._begun.add(index)
+        made: dict[str, Any] = {"index": index, "text": text, "logprobs": None, "finish_reason": choice.finish_reason}
+        if self._asked.params.logprobs is not None:
+            made["logprobs"] = self._choice_logprobs(index, logprobs, output, is_first)
+        if is_first and self._asked.echo:
+            made["text"] = self._prompt_text(output) + text
+        if choice.finish_reason is not None:
+            made["stop_reason"] = choice.stop_reason
+        if self._asked.return_token_ids:
+            made |= {"token_ids": token_ids, "prompt_token_ids": output.prompt_token_ids if is_first else None}
+        return made
+
+    def _choice_logprobs(
+        self, index: int, logprobs: list[Any], output: RequestOutput, is_first: bool
+    ) -> dict[str, Any]:
+        num_top = self._asked.params.logprobs or 0
+        form = self._logprobs.setdefault(index, CompletionLogprobs(self._tokenizer, num_top))
+        if is_first and self._asked.echo:
+            prompt = form.prompt(output.prompt_token_ids, output.prompt_logprobs or [])
+            return joined(prompt, form.tokens(logprobs))
+        return form.tokens(logprobs)
 
     def _prompt_text(self, output: RequestOutput) -> str:
-        if not self.body.echo:
-            return ""
-        return output.prompt if output.prompt is not None else self.tokenizer.decode(output.prompt_token_ids)
-
-    def _logprobs(
-        self, output: RequestOutput, entries: Sequence[TokenLogprob], offset: int, *, with_prompt: bool = True
-    ) -> dict[str, Any] | None:
-        if self.body.logprobs is None:
-            return None
-        if not (self.body.echo and with_prompt):
-            return formats.completion_logprobs(entries, "", self.tokenizer, offset)
-        first = self.tokenizer.token_text(output.prompt_token_ids[0])
-        return formats.completion_logprobs([None, *(output.prompt_logprobs or []), *entries], first, self.tokenizer, 0)
-
-    async def chunks(self, streams: Sequence[RequestStream]) -> AsyncIterator[dict[str, Any]]:
-        last: dict[int, RequestOutput] = {}
-        offsets: dict[tuple[int, int], int] = {}
-        tokens = 0
-        async for index, output in merged(streams):
-            last[index] = output
-            for answer in output.outputs:
-                formats.check_answer(answer)
-                tokens += len(answer.delta_token_ids)
-                chunk = self._chunk(index, output, answer, offsets)
-                if chunk:
-                    yield chunk
-        if self.body.stream_options and self.body.stream_options.include_usage:
-            yield self.head | {"choices": [], "usage": formats.usage(list(last.values()), tokens)}
-
-    def _chunk(
-        self, index: int, output: RequestOutput, answer: CompletionOutput, offsets: dict[tuple[int, int], int]
-    ) -> dict[str, Any] | None:
-        key = (index, answer.index)
-        first = key not in offsets
-        text = (self._prompt_text(output) if first else "") + answer.delta_text
-        if not text and not answer.finish_reason and not answer.delta_logprobs:
-            return None
-        logprobs = self._logprobs(output, answer.delta_logprobs, offsets.get(key, 0), with_prompt=first)
-        offsets[key] = offsets.get(key, 0) + len(text)
-        choice = {
-            "index": index * self.params.n + answer.index,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": answer.finish_reason,
-            "stop_reason": answer.stop_reason,
-        }
-        return self.head | {"choices": [choice]}
-
-
-def _prompt_logprobs(output: RequestOutput, tokenizer: Any) -> list[dict[str, Any] | None]:
-    """vLLM's form: one dictionary a prompt token, by token id."""
-    found: list[dict[str, Any] | None] = [None]
-    for entry in output.prompt_logprobs or []:
-        pairs = [(entry.token_id, entry.logprob, entry.rank)]
-        pairs += [(token, logprob, rank + 1) for rank, (token, logprob) in enumerate(entry.top)]
-        found.append(
-            {
-                str(token): {"logprob": logprob, "rank": rank, "decoded_token": tokenizer.token_text(token)}
-                for token, logprob, rank in pairs
-            }
-        )
-    return found
+        return output.prompt if output.prompt is not None else self._tokenizer.decode(output.prompt_token_ids)

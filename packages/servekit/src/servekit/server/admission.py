@@ -1,0 +1,43 @@
+"""Admission: what is too much is refused at once, never left to wait for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from common_platform.errors import Overloaded, RequestError
+from servekit.engine.async_engine import AsyncEngine
+from servekit.server.limits import ServerLimits
+
+
+class Admission:
+    """Decides whether there is room for one more request."""
+
+    def __init__(self, engine: AsyncEngine, limits: ServerLimits) -> None:
+        self._engine = engine
+        self._limits = limits
+        self.num_streams = 0
+        self.is_draining = False
+
+    def check_room(self) -> None:
+        """Raise Overloaded while the server ends, or while the queue is full."""
+        if self.is_draining:
+            raise Overloaded(code="draining", message="the server is shutting down; send this to another one")
+        most = self._engine.config.max_num_seqs + self._limits.max_queue
+        if self._engine.num_requests >= most:
+            message = f"{self._engine.num_requests} requests run or wait; allowed {most}; change with --max-queue"
+            raise Overloaded(message=message)
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Hold one of the places for streamed answers."""
+        if self.num_streams >= self._limits.max_streams:
+            message = (
+                f"{self.num_streams} streams are open; allowed {self._limits.max_streams}; change with --max-streams"
+            )
+            raise RequestError(code="too_many_streams", message=message, status=429)
+        self.num_streams += 1
+        try:
+            yield
+        finally:
+            self.num_streams -= 1

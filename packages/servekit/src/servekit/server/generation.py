@@ -1,0 +1,141 @@
+"""From checked requests to the engine's outputs, with nothing left behind when somebody leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from common_platform.errors import PlatformError, RequestError
+from servekit.engine.async_engine import AsyncEngine, RequestStream
+from servekit.engine.output import RequestOutput
+from servekit.engine.validate import MAX_CHARS_PER_TOKEN
+from servekit.server.admission import Admission
+from servekit.server.protocol import GenerationRequest, Prompt
+from servekit.server.structured import renamed
+
+LONG_TEXT = 8192  # characters; longer prompts are tokenized beside the event loop
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One HTTP request's prompts, and how errors name them."""
+
+    request: GenerationRequest
+    prompts: Sequence[Prompt]
+    param_of: Sequence[str]
+    add_special_tokens: bool
+
+
+class Generation:
+    """The engine's requests that together answer one HTTP request; ``close`` ends those still running."""
+
+    def __init__(self, engine: AsyncEngine, admission: Admission) -> None:
+        self._engine = engine
+        self._admission = admission
+        self._streams: list[RequestStream] = []
+        self._engine_ids: list[str] = []
+
+    async def open(self, job: Job, *, request_id: str, tenant: str) -> None:
+        """Send all prompts to the engine, or none.
+
+        Raises:
+            RequestError: one of them cannot be served; Overloaded, EngineDead: nothing can now.
+        """
+        self._admission.check_room()
+        try:
+            for index, prompt in enumerate(job.prompts):
+                self._streams.append(await self._add(job, index, prompt, f"{request_id}-{index}", tenant))
+        except RequestError as error:
+            await self.close()
+            raise renamed(error, job.request.param_names) from error
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _add(self, job: Job, index: int, prompt: Prompt, engine_id: str, tenant: str) -> RequestStream:
+        add_special_tokens = job.add_special_tokens
+        if isinstance(prompt, str) and self._is_long(prompt):
+            prompt = await asyncio.to_thread(
+                self._engine.tokenizer.encode, prompt, add_special_tokens=add_special_tokens
+            )
+        self._engine_ids.append(engine_id)  # before it is there: leaving in between must end it too
+        return await self._engine.add_request(
+            engine_id,
+            prompt,
+            job.request.params,
+            priority=job.request.priority,
+            tenant=tenant,
+            cache_salt=salt_of(tenant, job.request.cache_salt),
+            add_special_tokens=add_special_tokens,
+            timeout_s=job.request.timeout_s,
+            param=job.param_of[index],
+        )
+
+    def _is_long(self, prompt: str) -> bool:
+        return LONG_TEXT < len(prompt) <= self._engine.facts.max_model_len * MAX_CHARS_PER_TOKEN
+
+    async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """(index of the prompt, output) as they come.
+
+        Raises:
+            EngineDead: the engine stopped; PlatformError: an answer failed.
+        """
+        if len(self._streams) == 1:
+            async for output in self._streams[0]:
+                yield 0, _proper(output)
+            return
+        async for index, output in _merged(self._streams):
+            yield index, _proper(output)
+
+    async def close(self) -> None:
+        """Ends of requests that have ended already cost nothing."""
+        for engine_id in self._engine_ids:
+            await self._engine.abort(engine_id)
+
+
+async def _merged(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, RequestOutput]]:
+    queue: asyncio.Queue[tuple[int, RequestOutput | PlatformError | None]] = asyncio.Queue()
+
+    async def pump(index: int, stream: RequestStream) -> None:
+        try:
+            async for output in stream:
+                queue.put_nowait((index, output))
+            queue.put_nowait((index, None))
+        except PlatformError as error:
+            queue.put_nowait((index, error))
+
+    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        running = len(pumps)
+        while running:
+            index, news = await queue.get()
+            if isinstance(news, PlatformError):
+                raise news
+            if news is None:
+                running -= 1
+            else:
+                yield index, news
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+def _proper(output: RequestOutput) -> RequestOutput:
+    """Raise PlatformError where a choice failed: half an answer is none."""
+    for choice in output.outputs:
+        if choice.finish_reason == "error":
+            raise PlatformError(message=f"request {output.request_id}: {choice.error}", code="internal_error")
+        if choice.finish_reason == "timeout":
+            raise RequestError("timeout", "its end", "an answer in time", code="request_timeout", status=408)
+    return output
+
+
+def salt_of(tenant: str, cache_salt: str) -> str:
+    """What separates prefix caches: tenants never share one, nor do different salts of a tenant."""
+    if not tenant:
+        return cache_salt
+    tagged = b"tenant" + len(tenant).to_bytes(4, "big") + tenant.encode() + b"salt" + cache_salt.encode()
+    return hashlib.sha256(tagged).hexdigest()
