@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -137,10 +139,18 @@ def test_an_engine_that_cannot_start_says_why_and_leaves_nothing(folder, tmp_pat
     assert set(Path("/tmp").glob("servekit-*")) <= before
 
 
-def test_the_engine_dies_with_its_parent(folder):
-    import subprocess
-    import sys
+def test_a_process_that_dies_before_a_word_is_an_error_and_not_a_wait(folder, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
 
+    async def main() -> None:
+        async with asyncio.timeout(20):
+            with pytest.raises(EngineDead, match="status 1"):
+                await AsyncEngine.from_config(config(folder))
+
+    asyncio.run(main())
+
+
+def test_the_engine_dies_with_its_parent(folder):
     code = (
         "import asyncio, sys, time\n"
         "from servekit import AsyncEngine, EngineConfig\n"

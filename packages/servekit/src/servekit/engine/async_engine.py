@@ -28,6 +28,7 @@ from servekit.sampling.parameters import SamplingParams
 
 STOP_LIMIT_S = 10.0
 ASK_LIMIT_S = 30.0
+SEND_LIMIT_S = 2.0  # a live process takes a message at once
 
 
 def rebuilt(about: dict[str, Any]) -> PlatformError:
@@ -128,18 +129,8 @@ class AsyncEngine:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "servekit.engine.process", address, start_new_session=True
         )
-        await self._send(m.Start(self.config))
         self._tasks.append(asyncio.create_task(self._watch()))
-        receive = asyncio.ensure_future(self._receive())
-        ended = asyncio.ensure_future(self._process.wait())
-        await asyncio.wait({receive, ended}, return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
-        if not receive.done():
-            await asyncio.wait({receive}, timeout=1.0)  # its last words
-        if not receive.done():
-            receive.cancel()
-            raise EngineDead(message=f"the engine's process ended with status {self._process.returncode} while loading")
-        first = receive.result()
+        first = await self._first_words(self._process)
         if isinstance(first, m.Failed):
             raise rebuilt(first.error)
         if not isinstance(first, m.Ready):
@@ -147,8 +138,29 @@ class AsyncEngine:
         self.facts = first.facts
         self._tasks.append(asyncio.create_task(self._listen()))
 
+    async def _first_words(self, process: asyncio.subprocess.Process) -> m.FromEngine:
+        """Say what to load, and wait for the answer or for the process's end."""
+        start = asyncio.ensure_future(self._socket.send(m.encode(m.Start(self.config))))  # once it has connected
+        receive = asyncio.ensure_future(self._receive())
+        ended = asyncio.ensure_future(process.wait())
+        try:
+            await asyncio.wait({receive, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not receive.done():
+                await asyncio.wait({receive}, timeout=1.0)  # its last words
+            if not receive.done():
+                status = process.returncode
+                raise EngineDead(message=f"the engine's process ended with status {status} while loading")
+            return receive.result()
+        finally:
+            for waiting in (start, receive, ended):
+                waiting.cancel()
+
     async def _send(self, message: m.ToEngine) -> None:
-        await self._socket.send(m.encode(message))
+        """Raises EngineDead where nobody takes the message: the process has gone and is not noticed yet."""
+        try:
+            await asyncio.wait_for(self._socket.send(m.encode(message)), SEND_LIMIT_S)
+        except (TimeoutError, zmq.ZMQError) as error:
+            raise self.dead or EngineDead(message="the engine's process takes no messages") from error
 
     async def _receive(self) -> m.FromEngine:
         return m.decode_from_engine(await self._socket.recv())
@@ -175,7 +187,12 @@ class AsyncEngine:
         stream = RequestStream(self, request)
         self._streams[request_id] = stream
         self._outputs.add(request, prompt if isinstance(prompt, str) else None)
-        await self._send(m.Add(request))
+        try:
+            await self._send(m.Add(request))
+        except EngineDead:
+            self._streams.pop(request_id, None)
+            self._outputs.forget(request_id)
+            raise
         return stream
 
     async def abort(self, request_id: str) -> None:
@@ -183,7 +200,8 @@ class AsyncEngine:
         self._streams.pop(request_id, None)
         sequence_ids = self._outputs.forget(request_id)
         if sequence_ids and self.dead is None:
-            await self._send(m.Abort(sequence_ids))
+            with contextlib.suppress(EngineDead):  # then there is nothing left to end
+                await self._send(m.Abort(sequence_ids))
 
     async def stats(self) -> SchedulerStats:
         answer = await self._ask("stats")
@@ -225,7 +243,8 @@ class AsyncEngine:
                     for output in shown:
                         self._pass_on(output)
                     if ended:
-                        await self._send(m.Abort(ended))
+                        with contextlib.suppress(EngineDead):
+                            await self._send(m.Abort(ended))
                 case m.Refused(request_id, error):
                     self._outputs.forget(request_id)
                     stream = self._streams.pop(request_id, None)
@@ -271,7 +290,7 @@ class AsyncEngine:
         self._streams.clear()
         process = self._process
         if process is not None and process.returncode is None:
-            with contextlib.suppress(zmq.ZMQError):
+            with contextlib.suppress(EngineDead):
                 await self._send(m.Stop())
             try:
                 await asyncio.wait_for(process.wait(), STOP_LIMIT_S)

@@ -145,7 +145,9 @@ class FitLoop:
             )
         if not torch.isfinite(loss):
             raise NonFiniteLoss(
-                "loss", float(loss.detach()), f"a finite number (step {trainer.global_step}, batch {index}): lower lr, or clip"
+                "loss",
+                float(loss.detach()),
+                f"a finite number (step {trainer.global_step}, batch {index}): lower lr, or clip",
             )
         return MicroBatch(loss, float(weight), outputs) if weight else None
 
