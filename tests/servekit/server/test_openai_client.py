@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -152,3 +153,39 @@ def test_sixteen_streams_at_once_equal_each_alone_and_a_bad_prompt_hurts_none(se
             assert await asyncio.gather(*streams) == alone
 
     asyncio.run(run())
+
+
+def test_json_schema_strict_gives_json_that_fits(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 6}, "size": {"enum": ["small", "large"]}},
+        "required": ["city", "size"],
+        "additionalProperties": False,
+    }
+    asked: dict[str, Any] = {
+        "model": "M",
+        "messages": HELLO,
+        "max_tokens": 200,
+        "seed": 5,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "place", "schema": schema, "strict": True}},
+    }
+    whole = client.chat.completions.create(**asked).choices[0]
+    assert whole.finish_reason == "stop"
+    found = json.loads(whole.message.content)
+    assert set(found) == {"city", "size"}
+    assert found["size"] in ("small", "large")
+    deltas = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert "".join(deltas) == whole.message.content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_that_cannot_be_compiled_is_named_and_others_go_on(client: openai.OpenAI, stream: bool) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(
+            model="M", messages=HELLO, stream=stream, extra_body={"structured_outputs": {"regex": "("}}
+        )
+    assert raised.value.body["param"] == "structured_outputs.regex"
+    assert raised.value.body["code"] == "grammar_invalid"
+    choice = {"structured_outputs": {"choice": ["left", "right"]}}
+    answer = client.chat.completions.create(model="M", messages=HELLO, max_tokens=50, extra_body=choice)
+    assert answer.choices[0].message.content in ("left", "right")

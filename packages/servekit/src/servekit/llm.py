@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 
 from servekit.engine.config import EngineConfig
 from servekit.engine.engine import EngineCore
+from servekit.engine.grammars import GrammarDoor
 from servekit.engine.output import OutputProcessor, RequestOutput, RequestTracker
 from servekit.engine.tokenizer import Tokenizer
 from servekit.engine.validate import validate
@@ -48,6 +49,7 @@ class LLM:
         self.tokenizer = Tokenizer.from_folder(self._core.executor.folder)
         self.facts = self._core.facts
         self._outputs = OutputProcessor(self.tokenizer)
+        self._grammars = GrammarDoor(config.model, self.facts)
         self._numbers = itertools.count()
 
     def generate(
@@ -87,6 +89,9 @@ class LLM:
             )
             for prompt, one in zip(prompts, params, strict=True)
         ]
+        for one in params:
+            if one.structured_outputs is not None:
+                self._grammars.check(one.structured_outputs)
         trackers: list[RequestTracker] = []
         try:
             for request, prompt in zip(requests, prompts, strict=True):
@@ -107,6 +112,7 @@ class LLM:
 
     def close(self) -> None:
         """Give memory and threads back."""
+        self._grammars.close()
         self._core.stop()
 
     def __enter__(self) -> LLM:

@@ -21,6 +21,7 @@ from servekit.core.facts import ModelFacts
 from servekit.core.stats import SchedulerStats
 from servekit.engine import messages as m
 from servekit.engine.config import EngineConfig
+from servekit.engine.grammars import GrammarDoor
 from servekit.engine.output import OutputProcessor, RequestOutput
 from servekit.engine.tokenizer import Tokenizer
 from servekit.engine.validate import EngineRequest, validate
@@ -136,6 +137,7 @@ class AsyncEngine:
         if not isinstance(first, m.Ready):
             raise EngineDead(message="the engine's process did not say that it is ready")
         self.facts = first.facts
+        self._grammars = GrammarDoor(self.config.model, self.facts)
         self._tasks.append(asyncio.create_task(self._listen()))
 
     async def _first_words(self, process: asyncio.subprocess.Process) -> m.FromEngine:
@@ -182,6 +184,9 @@ class AsyncEngine:
         """
         self._raise_if_dead()
         request = validate(request_id, prompt, params, self.facts, self.tokenizer, **about)
+        if params.structured_outputs is not None:
+            await asyncio.to_thread(self._grammars.check, params.structured_outputs)
+            self._raise_if_dead()
         if request_id in self._streams:
             raise RequestError("request_id", request_id, "an id that is not in use", code="conflict")
         stream = RequestStream(self, request)
@@ -297,6 +302,8 @@ class AsyncEngine:
             except TimeoutError:
                 process.kill()
                 await process.wait()
+        if hasattr(self, "_grammars"):
+            self._grammars.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -15,16 +15,18 @@ from common_platform.errors import ConfigError, RequestError
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import ModelFacts
 from servekit.core.plan import StepPlan, StepResult
-from servekit.core.request import FinishReason, Request, RequestUpdate
+from servekit.core.request import FinishReason, Request, RequestState, RequestUpdate
 from servekit.core.scheduler import Scheduler
 from servekit.core.stats import SchedulerStats
 from servekit.engine.config import GIB, EngineConfig
+from servekit.engine.grammars import Grammars
 from servekit.engine.validate import EngineRequest
 from servekit.execution.executor import ExecutorConfig, InProcessExecutor, available_memory
 from servekit.sampling.parameters import SamplingParams
 
 PROBE_TOLERANCE = {"float32": 2e-3}  # nats; trainer and server sum in another order
 PROBE_TOLERANCE_LOW_PRECISION = 0.25
+GRAMMAR_WAIT_S = 0.005  # for a grammar, when nothing else is to be done
 CACHE_SHARE, CACHE_MOST = 0.4, 4 * GIB  # of the free memory, unless told otherwise
 
 
@@ -57,7 +59,8 @@ class EngineCore:
         )
         self.cache = cache
         self.scheduler = Scheduler(scheduler, cache, self.executor.kv_groups)
-        self.executor.start(cache, scheduler)
+        self._grammars = Grammars(config.model, self.facts)
+        self.executor.start(cache, scheduler, self._grammars.start)
         self._depth = 2 if config.async_scheduling else 1
         self._under_way: deque[tuple[StepPlan, Future[StepResult]]] = deque()
 
@@ -99,6 +102,7 @@ class EngineCore:
             RequestError: the cache could never hold it, or its id is in use.
         """
         deadline = None if request.timeout_s is None else time.monotonic() + request.timeout_s
+        spec = request.sampling.structured_outputs
         for index in range(request.num_sequences):
             sequence = Request(
                 request.child_id(index),
@@ -109,6 +113,7 @@ class EngineCore:
                 tenant=request.tenant,
                 deadline=deadline,
                 cache_salt=request.cache_salt,
+                held=RequestState.WAITING_GRAMMAR if spec else None,
                 fork_of=request.child_id(0) if index else None,
             )
             try:
@@ -116,6 +121,8 @@ class EngineCore:
             except RequestError:
                 self.abort([request.child_id(i) for i in range(index)])
                 raise
+        if spec:
+            self._grammars.prepare(spec, [request.child_id(i) for i in range(request.num_sequences)])
 
     def abort(self, sequence_ids: Sequence[str], reason: FinishReason = FinishReason.ABORT) -> None:
         """End sequences from any state; unknown ids are sequences that have ended already."""
@@ -128,6 +135,7 @@ class EngineCore:
 
     def step(self) -> list[RequestUpdate]:
         """Plan as far ahead as allowed, wait for the oldest step, and return all news."""
+        self._release_prepared(0.0)
         while len(self._under_way) < self._depth:
             plan = self.scheduler.plan_step()
             if not plan.slots and not plan.ends:
@@ -136,7 +144,18 @@ class EngineCore:
         if self._under_way:
             plan, future = self._under_way.popleft()
             self.scheduler.finish_step(plan, future.result())
+        else:
+            self._release_prepared(GRAMMAR_WAIT_S)
         return self.scheduler.take_updates()
+
+    def _release_prepared(self, wait_s: float) -> None:
+        """Requests whose grammar is compiled join the queue; the others of a grammar that failed end."""
+        for sequence_ids, error in self._grammars.finished(wait_s):
+            for sequence_id in sequence_ids:
+                if error is None:
+                    self.scheduler.ready(sequence_id)
+                else:
+                    self.scheduler.abort(sequence_id, FinishReason.ERROR, error=error)
 
     def stats(self) -> SchedulerStats:
         return self.scheduler.stats()
@@ -146,6 +165,7 @@ class EngineCore:
 
     def stop(self) -> None:
         """End the loop for good; what is under way is waited for."""
+        self._grammars.close()
         self.executor.stop()
 
 

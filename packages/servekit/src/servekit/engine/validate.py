@@ -64,8 +64,6 @@ def validate(
         raise RequestError("cache_salt", len(cache_salt), f"at most {MAX_SALT_CHARS} characters", code="out_of_range")
     if timeout_s is not None and not 0 < timeout_s <= MAX_TIMEOUT_S:
         raise RequestError("timeout", timeout_s, f"seconds in (0, {MAX_TIMEOUT_S:g}]", code="out_of_range")
-    if params.structured_outputs is not None:
-        raise RequestError("structured_outputs", "a grammar", "none yet in this version", code="unsupported")
     params.check_vocabulary(facts.vocab_size)
     token_ids = _tokens(prompt, facts, tokenizer, add_special_tokens, param)
     _check_length(len(token_ids), params, facts, param)

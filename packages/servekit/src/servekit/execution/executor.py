@@ -15,7 +15,7 @@ from common_platform.errors import ArtifactConfigError, ConfigError
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import KVGroup, ModelFacts
 from servekit.core.plan import StepPlan, StepResult
-from servekit.execution.model_runner import ModelRunner, score
+from servekit.execution.model_runner import GrammarOf, ModelRunner, score
 from servekit.layers.parallel import SingleRank
 from servekit.layers.weights import Weights
 from servekit.models.registry import architecture_of, model_class
@@ -99,9 +99,13 @@ class InProcessExecutor:
             raise RuntimeError("score() replaces the KV cache: call it before start()")
         return self._thread.submit(score, self.model, list(token_ids), PROBE_BLOCK, self.device).result()
 
-    def start(self, cache: CacheConfig, scheduler: SchedulerConfig) -> None:
-        """Allocate the cache; plans may follow."""
-        self._runner = ModelRunner(self.model, cache, scheduler, self.dtype, self.device)
+    def start(self, cache: CacheConfig, scheduler: SchedulerConfig, grammar_of: GrammarOf | None = None) -> None:
+        """Allocate the cache; plans may follow.
+
+        Args:
+            grammar_of: makes the state of a structured output; None where no request asks for one.
+        """
+        self._runner = ModelRunner(self.model, cache, scheduler, self.dtype, self.device, grammar_of)
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         """Carry ``plan`` out after those submitted before."""

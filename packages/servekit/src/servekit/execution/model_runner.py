@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,12 +11,13 @@ from torch import Tensor
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.plan import RowStart, StepPlan, StepResult, TokenLogprob
 from servekit.execution.input_batch import InputBatch, StepArrays
-from servekit.execution.sampler import Sampler
+from servekit.execution.sampler import Grammar, Sampler
 from servekit.kernels.kv_write import copy_blocks
 from servekit.layers.attention import StepInputs
 from servekit.models.registry import CausalModel
-from servekit.sampling.parameters import SamplingParams
+from servekit.sampling.parameters import SamplingParams, StructuredOutput
 
+GrammarOf = Callable[[StructuredOutput], Grammar]
 PROMPT_LOGPROB_ROWS = 256  # positions whose logits exist at a time
 
 
@@ -26,6 +29,7 @@ class ModelRunner:
         cache: how many blocks, of what size.
         scheduler: how many rows, of what length.
         kv_dtype: of keys and values.
+        grammar_of: makes the state of a structured output.
     """
 
     def __init__(
@@ -35,8 +39,10 @@ class ModelRunner:
         scheduler: SchedulerConfig,
         kv_dtype: torch.dtype,
         device: torch.device,
+        grammar_of: GrammarOf | None = None,
     ) -> None:
         self.model = model
+        self._grammar_of = grammar_of
         self.device = device
         self.batch = InputBatch(
             scheduler.max_num_seqs, scheduler.max_model_len, cache.block_size, model.kv_groups, device
@@ -66,7 +72,9 @@ class ModelRunner:
         for row in plan.starts:
             self.batch.start(row)
             prompt, output = row.token_ids[: row.num_prompt_tokens], row.token_ids[row.num_prompt_tokens :]
-            self.sampler.add_row(row.slot, row.sampling, prompt, output, row.eos_token_ids)
+            spec = row.sampling.structured_outputs
+            grammar = self._grammar_of(spec) if spec and self._grammar_of else None
+            self.sampler.add_row(row.slot, row.sampling, prompt, output, row.eos_token_ids, grammar)
             if row.sampling.prompt_logprobs is not None:
                 self._prompt_logprobs[row.slot] = row.sampling.prompt_logprobs
         for append in plan.appends:

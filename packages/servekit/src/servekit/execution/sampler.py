@@ -12,8 +12,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from common_platform.errors import PlatformError
 from servekit.core.plan import TokenLogprob
 from servekit.execution import sampling_ops as ops
 from servekit.execution.logits_processors import LogitsProcessor, make_processors
@@ -23,12 +25,13 @@ NO_TOKEN = -1
 
 
 class Grammar(Protocol):
-    """What a structured output allows next."""
+    """What a structured output allows next: ``servekit.sampling.structured.matcher.GrammarState``."""
 
-    def allowed(self) -> Tensor:
-        """``[vocab]`` bool."""
+    def fill_mask(self, row: NDArray[np.int32]) -> None:
+        """Set bit i of word j of ``row`` ``[ceil(vocab / 32)]`` where token 32 * j + i is allowed."""
 
-    def accept(self, token_id: int) -> None: ...
+    def accept(self, tokens: Sequence[int]) -> bool:
+        """Move on by ``tokens``; False where one is not allowed."""
 
 
 @dataclass(slots=True)
@@ -53,6 +56,7 @@ class SamplerRow:
     processors: list[LogitsProcessor]
     counts: Tensor | None = None  # [vocab] float32, of the output
     in_prompt: Tensor | None = None  # [vocab] bool
+    failure: str = ""  # why no token can be sampled for it
 
     @property
     def edits(self) -> bool:
@@ -64,6 +68,7 @@ class SamplerRow:
             or p.bad_words_token_ids
             or self.grammar
             or self.processors
+            or self.failure
             or len(self.output_ids) < p.min_tokens
         )
 
@@ -98,7 +103,15 @@ class Sampler:
         eos_token_ids: Sequence[int],
         grammar: Grammar | None = None,
     ) -> None:
-        """A request takes ``slot``; ``output_ids`` is what it generated before a preemption."""
+        """A request takes ``slot``.
+
+        Args:
+            output_ids: what it generated before a preemption.
+            grammar: a state of its own, at the start of the output.
+
+        Raises:
+            RequestError: ``params`` name a logits processor that is not registered.
+        """
         for name, column in self._columns.items():
             column[slot] = getattr(params, name)
         self._top_k[slot] = params.top_k if params.top_k > 0 else self.vocab_size
@@ -114,6 +127,8 @@ class Sampler:
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
             row.counts = ops.count_tokens(row.output_ids, self.vocab_size, self.device)
             row.in_prompt = ops.count_tokens(prompt_ids, self.vocab_size, self.device) > 0
+        if grammar is not None and not grammar.accept(row.output_ids):
+            row.failure = "the grammar does not allow what was generated before"
         self._rows[slot] = row
 
     def remove_row(self, slot: int) -> None:
@@ -132,13 +147,21 @@ class Sampler:
         logits = self._penalised(logits, slots, rows)
         highest, greedy = logits.max(dim=-1)
         tokens = self._drawn(logits, np.asarray(slots), rows, greedy).tolist()
-        for index, fine in enumerate(torch.isfinite(highest).tolist()):
-            if not fine:
-                errors.setdefault(slots[index], "no token can follow: the model's output is not a number")
+        self._find_broken(raw, highest, slots, errors)
         output = SampleOutput(tokens, errors=errors)
         self._accept(output, slots, rows)
         output.logprobs = self._logprobs(raw, output, slots, rows)
         return output
+
+    def _find_broken(self, raw: Tensor, highest: Tensor, slots: Sequence[int], errors: dict[int, str]) -> None:
+        """Errors for rows whose logits are no numbers, or whose masks leave no token."""
+        model = torch.isfinite(raw.amax(dim=-1)).tolist()
+        left = torch.isfinite(highest).tolist()
+        for slot, is_number, has_token in zip(slots, model, left, strict=True):
+            if not is_number:
+                errors.setdefault(slot, "no token can follow: the model's output is not a number")
+            elif not has_token:
+                errors.setdefault(slot, "no token can follow: this request's own limits leave none")
 
     def _edited(self, logits: Tensor, slots: Sequence[int], rows: list[SamplerRow], errors: dict[int, str]) -> Tensor:
         """A copy with the masks and biases of the rows that have some; a row whose own edits fail gets an error."""
@@ -147,10 +170,13 @@ class Sampler:
             return logits
         logits = logits.clone()
         for i in editing:
+            if rows[i].failure:
+                errors[slots[i]] = rows[i].failure
+                continue
             try:
                 logits[i] = ops.edit_row(logits[i], rows[i])
             except Exception as error:  # noqa: BLE001 - one request's own processors and grammar: it alone ends
-                errors[slots[i]] = f"{type(error).__name__} in this request's logits"
+                errors[slots[i]] = _told(error, "logits")
         return logits
 
     def _penalised(self, logits: Tensor, slots: Sequence[int], rows: list[SamplerRow]) -> Tensor:
@@ -187,7 +213,9 @@ class Sampler:
             chosen = ops.keep_typical(chosen, self._column("typical_p", at))
         uniforms = [ops.uniform(rows[i].seed, len(rows[i].output_ids)) for i in drawing]
         tokens = greedy.clone()
-        tokens[torch.from_numpy(drawing).to(self.device)] = ops.draw(chosen, torch.tensor(uniforms, device=self.device))
+        tokens[torch.from_numpy(drawing).to(self.device)] = ops.draw(
+            chosen, torch.tensor(uniforms, dtype=torch.float64, device=self.device)
+        )
         return tokens
 
     def _accept(self, output: SampleOutput, slots: Sequence[int], rows: list[SamplerRow]) -> None:
@@ -195,9 +223,10 @@ class Sampler:
             token = output.token_ids[index]
             if slot not in output.errors and row.grammar:
                 try:
-                    row.grammar.accept(token)
+                    if not row.grammar.accept([token]):
+                        output.errors[slot] = "this request's grammar refused its own token"
                 except Exception as error:  # noqa: BLE001 - this request's own grammar: it alone ends
-                    output.errors[slot] = f"{type(error).__name__} in this request's grammar"
+                    output.errors[slot] = _told(error, "grammar")
             if slot in output.errors:
                 output.token_ids[index] = NO_TOKEN
                 continue
@@ -219,6 +248,11 @@ class Sampler:
     def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], top_k: int) -> list[TokenLogprob]:
         """Entries for prompt positions: ``logits`` ``[positions, vocab]`` and the token that stands after each."""
         return token_logprobs(logits, target_ids, [top_k] * len(target_ids))
+
+
+def _told(error: Exception, place: str) -> str:
+    """Our own sentence; of a plugin's error only its kind, for the text may hold what is not the caller's."""
+    return error.message if isinstance(error, PlatformError) else f"{type(error).__name__} in this request's {place}"
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: Sequence[int]) -> list[TokenLogprob]:

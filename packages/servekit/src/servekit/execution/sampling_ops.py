@@ -6,11 +6,12 @@ import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from servekit.execution.sampler import SamplerRow
+    from servekit.execution.sampler import Grammar, SamplerRow
 
 OUT = float("-inf")
 LOOKED_AT = 1024  # most likely tokens that top-p looks at before it sorts them all
@@ -53,15 +54,31 @@ def edit_row(logits: Tensor, row: SamplerRow) -> Tensor:
         start = len(word) - 1
         if start == 0 or row.output_ids[-start:] == word[:-1]:
             logits[word[-1]] = OUT
-    if len(row.output_ids) < params.min_tokens and row.banned_early:
-        logits[row.banned_early] = OUT
     if row.grammar:
-        logits = logits.masked_fill(~row.grammar.allowed(), OUT)
+        logits = logits.masked_fill(~allowed_by(row.grammar, logits), OUT)
+    if len(row.output_ids) < params.min_tokens and row.banned_early:
+        logits = ban_end(logits, row.banned_early, must_leave_one=row.grammar is not None)
     if params.logit_bias:
         logits[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
     for processor in row.processors:
         logits = processor(row.prompt_ids, row.output_ids, logits)
     return logits
+
+
+def allowed_by(grammar: Grammar, logits: Tensor) -> Tensor:
+    """``[vocab]`` bool, on the device of ``logits``."""
+    vocab = logits.shape[-1]
+    words = np.zeros((vocab + 31) // 32, np.int32)
+    grammar.fill_mask(words)
+    bits = np.unpackbits(words.view(np.uint8), count=vocab, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_)).to(logits.device)
+
+
+def ban_end(logits: Tensor, end_ids: Sequence[int], *, must_leave_one: bool) -> Tensor:
+    """Without the tokens that end a sequence; a grammar that is finished ends it all the same."""
+    going_on = logits.clone()
+    going_on[end_ids] = OUT
+    return logits if must_leave_one and not bool(torch.isfinite(going_on).any()) else going_on
 
 
 def penalise(

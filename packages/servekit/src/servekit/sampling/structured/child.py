@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import resource
+import signal
 import struct
 import sys
 from pathlib import Path
@@ -28,8 +30,12 @@ def main() -> None:
         return
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + memory, -1))
     _write(Verdict())
+    patience = math.ceil(settings["timeout_s"]) + 1  # the parent kills at its deadline; this is for a parent that died
     while packed := _read():
-        _write(_judge(compiler, msgspec.msgpack.decode(packed, type=StructuredOutput)))
+        signal.alarm(patience)
+        verdict = _judge(compiler, msgspec.msgpack.decode(packed, type=StructuredOutput))
+        signal.alarm(0)
+        _write(verdict)
 
 
 def _judge(compiler: GrammarCompiler, spec: StructuredOutput) -> Verdict:

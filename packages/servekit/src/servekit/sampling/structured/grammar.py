@@ -37,20 +37,32 @@ def to_grammar(spec: StructuredOutput) -> str:
     Raises:
         RequestError: code ``grammar_invalid``; whether the grammar is right is known only once it is compiled.
     """
-    llguidance = engine()
-    matcher = llguidance.LLMatcher
+    matcher = engine().LLMatcher
     if spec.json is not None:
-        return str(matcher.grammar_from_json_schema(spec.json, overrides=JSON_STYLE))
+        return _from_schema(spec.json)
     if spec.json_object:
-        return str(matcher.grammar_from_json_schema('{"type": "object"}', overrides=JSON_STYLE))
+        return _from_schema('{"type": "object"}')
     if spec.regex is not None:
         return str(matcher.grammar_from_regex(spec.regex))
     if spec.choice is not None:
         return str(matcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in spec.choice)))
     text = spec.grammar or ""
-    if "::=" not in text:
-        return str(matcher.grammar_from_lark(text))
+    return _from_ebnf(text) if "::=" in text else str(matcher.grammar_from_lark(text))
+
+
+def _from_schema(text: str) -> str:
+    bare = text.strip()
+    if bare == "false":
+        raise RequestError("json", text, "a schema that some value fits", code="grammar_unsatisfiable")
+    schema = "{}" if bare == "true" else text
     try:
-        return str(llguidance.grammar_from("ebnf", text))
+        return str(engine().LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE))
+    except ValueError as error:
+        raise RequestError("json", text, f"a JSON schema ({error})", code="grammar_invalid") from error
+
+
+def _from_ebnf(text: str) -> str:
+    try:
+        return str(engine().grammar_from("ebnf", text))
     except ValueError as error:
         raise RequestError("grammar", str(error), "a grammar in Lark or EBNF", code="grammar_invalid") from error

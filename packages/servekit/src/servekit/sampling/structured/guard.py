@@ -121,9 +121,8 @@ class GrammarGuard:
         if self._child is not None and self._child.poll() is None:
             return self._child
         self._kill()
-        child = self._child = subprocess.Popen(
-            [sys.executable, "-m", "servekit.sampling.structured.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        command = [sys.executable, "-P", "-m", "servekit.sampling.structured.child"]
+        child = self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             _send(child, self._setup)
             ready = _receive(child, START_TIMEOUT_S)

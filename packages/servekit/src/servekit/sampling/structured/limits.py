@@ -44,6 +44,7 @@ def check_limits(spec: StructuredOutput, limits: GrammarLimits) -> None:
     ``grammar_too_large``, ``grammar_too_deep``, ``grammar_recursive_ref``, ``grammar_remote_ref``,
     ``grammar_unsatisfiable`` and ``out_of_range``.
     """
+    _check_unicode(spec)
     if spec.json is not None:
         _check_bytes("json", spec.json, limits)
         _check_schema(_parsed(spec.json), limits)
@@ -57,8 +58,15 @@ def check_limits(spec: StructuredOutput, limits: GrammarLimits) -> None:
             raise RequestError("grammar", spec.grammar, "a grammar with a start rule", code="grammar_invalid")
 
 
+def _check_unicode(spec: StructuredOutput) -> None:
+    for name in ("json", "regex", "grammar", "choice"):
+        text = "".join(getattr(spec, name) or ())
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise RequestError(name, text, "text without lone surrogates", code="grammar_invalid")
+
+
 def _check_bytes(param: str, text: str, limits: GrammarLimits) -> None:
-    size = len(text.encode("utf-8", "surrogatepass"))
+    size = len(text.encode())
     if size > limits.max_schema_bytes:
         raise RequestError(
             param, size, f"{limits.max_schema_bytes} bytes", code="grammar_too_large", flag="--max-schema-bytes"

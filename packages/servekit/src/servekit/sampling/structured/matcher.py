@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -17,16 +19,33 @@ from servekit.sampling.structured.grammar import engine, field_of, to_grammar
 from servekit.sampling.structured.limits import GrammarLimits
 
 MAX_CACHED = 256  # compiled grammars kept; the least recently used goes first
+TOO_LARGE = ("TooComplex", "too large", "too many states", "Too many items", "Unable to determine if regex is empty")
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What a state must know of the model's tokens."""
+
+    size: int  # rows of the model's logits
+    eos_token_ids: frozenset[int]
+
+    @property
+    def num_mask_words(self) -> int:
+        return (self.size + 31) // 32
 
 
 class GrammarState:
-    """Where one sequence stands in its grammar."""
+    """Where one sequence stands in its grammar.
 
-    __slots__ = ("_matcher", "_words")
+    The end of a sequence is this class's own business: it may come wherever the grammar is complete, once or more.
+    """
 
-    def __init__(self, matcher: Any, num_words: int) -> None:
+    __slots__ = ("_matcher", "_num_ends", "_vocabulary")
+
+    def __init__(self, matcher: Any, vocabulary: Vocabulary, num_ends: int = 0) -> None:
         self._matcher = matcher
-        self._words = num_words
+        self._vocabulary = vocabulary
+        self._num_ends = num_ends  # end tokens that stand behind what the matcher has seen
 
     def fill_mask(self, row: NDArray[np.int32]) -> None:
         """Write the allowed tokens of the next position into ``row`` [ceil(vocab / 32)] int32, bit i of word j for
@@ -35,51 +54,77 @@ class GrammarState:
         Raises:
             RequestError: code ``grammar_failed``, when the grammar has met one of its limits.
         """
-        if not row.flags.c_contiguous or row.dtype != np.int32 or row.size != self._words:
+        words = self._vocabulary.num_mask_words
+        if not row.flags.c_contiguous or row.dtype != np.int32 or row.size != words:
             raise RequestError(
-                "grammar", f"{row.dtype}[{row.size}]", f"contiguous int32[{self._words}]", code="grammar_failed"
+                "grammar", f"{row.dtype}[{row.size}]", f"contiguous int32[{words}]", code="grammar_failed"
             )
+        if self._num_ends:
+            _allow_only(row, self._vocabulary.eos_token_ids)
+            return
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         self._check()
 
     def accept(self, tokens: Sequence[int]) -> bool:
         """Move on by ``tokens``; False, and no move at all, where one of them is not allowed."""
-        wanted = list(tokens)
-        done = self._matcher.try_consume_tokens(wanted)
-        if done < len(wanted) and done:
-            self._matcher.rollback(done)
-        return bool(done == len(wanted))
+        for done, token in enumerate(tokens):
+            if not self._accept_one(token):
+                self.rollback(done)
+                return False
+        return True
 
     def allowed_prefix(self, tokens: Sequence[int]) -> int:
         """How many of ``tokens``, from the first on, the grammar allows from here."""
-        return int(self._matcher.validate_tokens(list(tokens)))
+        done = 0
+        while done < len(tokens) and self._accept_one(tokens[done]):
+            done += 1
+        self.rollback(done)
+        return done
 
     def rollback(self, num_tokens: int) -> None:
         """Undo the last ``num_tokens`` accepted tokens."""
-        if num_tokens and not self._matcher.rollback(num_tokens):
+        ends = min(num_tokens, self._num_ends)
+        self._num_ends -= ends
+        if num_tokens > ends:
+            self._matcher.rollback(num_tokens - ends)
             self._check()
 
     def forced(self) -> list[int]:
         """The tokens that must come next, as the tokenizer would write them; empty where there is a choice."""
-        return list(self._matcher.compute_ff_tokens())
+        return [] if self._num_ends else list(self._matcher.compute_ff_tokens())
 
     @property
     def is_complete(self) -> bool:
         """Whether the grammar is satisfied, so that the sequence may end here."""
-        return bool(self._matcher.is_accepting())
+        return self._num_ends > 0 or bool(self._matcher.is_accepting())
 
     @property
     def is_finished(self) -> bool:
         """Whether nothing but the end of the sequence may follow."""
-        return bool(self._matcher.is_stopped())
+        return self._num_ends > 0 or bool(self._matcher.is_stopped())
 
     def copy(self) -> GrammarState:
         """A state of its own that stands at the same place."""
-        return GrammarState(self._matcher.deep_copy(), self._words)
+        return GrammarState(self._matcher.deep_copy(), self._vocabulary, self._num_ends)
+
+    def _accept_one(self, token: int) -> bool:
+        if token in self._vocabulary.eos_token_ids and self.is_complete:
+            self._num_ends += 1
+            return True
+        if self._num_ends or not 0 <= token < self._vocabulary.size:
+            return False
+        return bool(self._matcher.try_consume_tokens([token]))
 
     def _check(self) -> None:
         if self._matcher.is_error():
             raise RequestError("grammar", _first_line(self._matcher.get_error()), code="grammar_failed")
+
+
+def _allow_only(row: NDArray[np.int32], tokens: Iterable[int]) -> None:
+    bits = row.view(np.uint32)
+    bits[:] = 0
+    for token in tokens:
+        bits[token // 32] |= np.uint32(1 << token % 32)
 
 
 class GrammarCompiler:
@@ -98,15 +143,16 @@ class GrammarCompiler:
     ) -> None:
         llguidance = engine()
         self._tokenizer = llguidance.LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_token_ids))
-        self._num_words = (vocab_size + 31) // 32
+        self._vocabulary = Vocabulary(vocab_size, frozenset(eos_token_ids))
         self._limits = llguidance.LLParserLimits(
             max_lexer_states=(limits or GrammarLimits()).max_grammar_states, verbose_errors=False
         )
         self._pristine: OrderedDict[bytes, Any] = OrderedDict()
+        self._lock = threading.Lock()  # of ``_pristine``: one thread compiles while another takes copies
 
     @property
     def num_mask_words(self) -> int:
-        return self._num_words
+        return self._vocabulary.num_mask_words
 
     def compile(self, spec: StructuredOutput) -> GrammarState:
         """A state at the start of ``spec``.
@@ -115,13 +161,16 @@ class GrammarCompiler:
             RequestError: code ``grammar_invalid`` or ``grammar_too_large``; ``param`` is the spec's field.
         """
         key = hashlib.sha256(msgspec.msgpack.encode(spec)).digest()
-        matcher = self._pristine.get(key)
+        with self._lock:
+            matcher = self._pristine.get(key)
         if matcher is None:
-            matcher = self._pristine[key] = self._compiled(spec)
+            matcher = self._compiled(spec)
+        with self._lock:
+            self._pristine[key] = matcher
+            self._pristine.move_to_end(key)
             if len(self._pristine) > MAX_CACHED:
                 self._pristine.popitem(last=False)
-        self._pristine.move_to_end(key)
-        return GrammarState(matcher.deep_copy(), self._num_words)
+            return GrammarState(matcher.deep_copy(), self._vocabulary)
 
     def _compiled(self, spec: StructuredOutput) -> Any:
         matcher = engine().LLMatcher(self._tokenizer, to_grammar(spec), log_level=0, limits=self._limits)
@@ -134,7 +183,7 @@ class GrammarCompiler:
 
 def _refusal(param: str, reason: str) -> RequestError:
     line = _first_line(reason)
-    if "TooComplex" in reason or "too large" in reason or "too many" in reason:
+    if any(words in reason for words in TOO_LARGE):
         return RequestError(param, line, "a smaller one", code="grammar_too_large", flag="--max-grammar-states")
     if line.startswith("NoExtension"):
         line = "left recursion or a rule that can never end"

@@ -1,0 +1,94 @@
+"""Structured output in the engine: constraints are judged at the door, and compiled beside the step loop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from common_platform.errors import RequestError, ResourceError
+from servekit.core.facts import ModelFacts
+from servekit.sampling.parameters import StructuredOutput
+from servekit.sampling.structured.grammar import engine as library
+from servekit.sampling.structured.guard import GrammarGuard
+from servekit.sampling.structured.matcher import GrammarCompiler, GrammarState
+
+
+class GrammarDoor:
+    """Says of a constraint whether it can be followed, by a child process that a deadline can kill.
+
+    Args:
+        folder: the model's.
+    """
+
+    def __init__(self, folder: str | Path, facts: ModelFacts) -> None:
+        self._folder = Path(folder)
+        self._facts = facts
+        self._guard: GrammarGuard | None = None
+        self._lock = threading.Lock()
+
+    def check(self, spec: StructuredOutput) -> None:
+        """Return where ``spec`` can be followed. Blocks up to the deadline: not for an event loop.
+
+        Raises:
+            RequestError: code ``grammar_*``, or ``unsupported`` where llguidance is not installed.
+        """
+        try:
+            library()
+        except ResourceError as error:
+            wanted = "a server with structured output: pip install 'servekit[grammar]'"
+            raise RequestError("structured_outputs", "a grammar", wanted, code="unsupported") from error
+        with self._lock:
+            if self._guard is None:
+                ids = self._facts.eos_token_ids
+                self._guard = GrammarGuard.for_folder(self._folder, self._facts.vocab_size, ids)
+        self._guard.check(spec)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._guard is not None:
+                self._guard.close()
+
+
+class Grammars:
+    """Compiles constraints in a thread while their requests are held, and makes states for the sampler.
+
+    Args:
+        folder: the model's.
+    """
+
+    def __init__(self, folder: str | Path, facts: ModelFacts) -> None:
+        self._folder = Path(folder)
+        self._facts = facts
+        self._compiler: GrammarCompiler | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="servekit-grammars")
+        self._under_way: dict[Future[GrammarState], list[str]] = {}
+
+    def prepare(self, spec: StructuredOutput, sequence_ids: Sequence[str]) -> None:
+        """Begin to compile ``spec`` for held sequences; ``finished`` will name them."""
+        self._under_way[self._thread.submit(self.start, spec)] = list(sequence_ids)
+
+    def start(self, spec: StructuredOutput) -> GrammarState:
+        """A state at the beginning of ``spec``; cheap once it was prepared."""
+        if self._compiler is None:
+            text = (self._folder / "tokenizer.json").read_text(encoding="utf-8")
+            self._compiler = GrammarCompiler(text, self._facts.vocab_size, self._facts.eos_token_ids)
+        return self._compiler.compile(spec)
+
+    def finished(self, wait_s: float = 0.0) -> list[tuple[list[str], str | None]]:
+        """The sequences whose constraint is there, or with the reason why it is not."""
+        if not self._under_way:
+            return []
+        done = wait(self._under_way, wait_s, FIRST_COMPLETED).done
+        return [(self._under_way.pop(future), _reason(future)) for future in done]
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _reason(future: Future[GrammarState]) -> str | None:
+    error = future.exception()
+    if error is None:
+        return None
+    return str(error) if isinstance(error, RequestError) else f"{type(error).__name__} while compiling the grammar"
