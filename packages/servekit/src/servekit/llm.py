@@ -14,6 +14,7 @@ from servekit.engine.grammars import GrammarDoor
 from servekit.engine.output import OutputProcessor, RequestOutput, RequestTracker
 from servekit.engine.tokenizer import Tokenizer
 from servekit.engine.validate import validate
+from servekit.execution.proposer import SpeculativeConfig
 from servekit.sampling.parameters import SamplingParams
 
 
@@ -44,6 +45,8 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, **settings: Any) -> None:
+        if isinstance(settings.get("speculative_config"), dict):
+            settings["speculative_config"] = SpeculativeConfig(**settings["speculative_config"])
         config = EngineConfig(model=str(model), **settings)
         self._core = EngineCore(config)
         self.tokenizer = Tokenizer.from_folder(self._core.executor.folder)

@@ -8,6 +8,7 @@ import msgspec
 
 from common_platform.errors import ConfigError
 from servekit.core.config import BLOCK_SIZES, POLICIES
+from servekit.execution.proposer import SpeculativeConfig
 
 GIB = 1 << 30
 
@@ -28,6 +29,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     long_prefill_token_threshold: int = 0
     scheduling_policy: str = "fcfs"
     async_scheduling: bool = True
+    speculative_config: SpeculativeConfig | None = None  # drafts; steps are then planned one at a time
     probe_tolerance: float | None = None  # nats; None: by dtype
 
     def __post_init__(self) -> None:

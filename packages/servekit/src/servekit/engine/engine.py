@@ -44,24 +44,26 @@ class EngineCore:
             device=config.device,
             num_threads=config.num_threads,
             max_model_len=config.max_model_len or 0,
+            speculative=config.speculative_config,
         )
         self.executor = InProcessExecutor(config.model, executor)
         self._prove(config)
         cache, max_model_len = self._size_cache(config)
         self.facts: ModelFacts = msgspec.structs.replace(self.executor.model_facts, max_model_len=max_model_len)
+        plans_ahead = config.async_scheduling and config.speculative_config is None  # drafts come with a result
         scheduler = SchedulerConfig(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=max_model_len,
             long_prefill_token_threshold=config.long_prefill_token_threshold,
             policy=config.scheduling_policy,
-            async_scheduling=config.async_scheduling,
+            async_scheduling=plans_ahead,
         )
         self.cache = cache
         self.scheduler = Scheduler(scheduler, cache, self.executor.kv_groups)
         self._grammars = Grammars(config.model, self.facts)
         self.executor.start(cache, scheduler, self._grammars.start)
-        self._depth = 2 if config.async_scheduling else 1
+        self._depth = 2 if plans_ahead else 1
         self._under_way: deque[tuple[StepPlan, Future[StepResult]]] = deque()
 
     def _prove(self, config: EngineConfig) -> None:

@@ -16,6 +16,7 @@ from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import KVGroup, ModelFacts
 from servekit.core.plan import StepPlan, StepResult
 from servekit.execution.model_runner import GrammarOf, ModelRunner, score
+from servekit.execution.proposer import NgramProposer, SpeculativeConfig
 from servekit.layers.parallel import SingleRank
 from servekit.layers.weights import Weights
 from servekit.models.registry import architecture_of, model_class
@@ -32,6 +33,7 @@ class ExecutorConfig:
     device: str = "cpu"
     num_threads: int = 0  # of the matrix products; 0: torch's choice
     max_model_len: int = 0  # 0: what the model was made for
+    speculative: SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
@@ -74,6 +76,7 @@ class InProcessExecutor:
             device=str(self.device),
             num_parameters=weights.num_parameters,
         )
+        self._proposer = NgramProposer(config.speculative) if config.speculative else None
         self._runner: ModelRunner | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="servekit-executor")
 
@@ -105,7 +108,7 @@ class InProcessExecutor:
         Args:
             grammar_of: makes the state of a structured output; None where no request asks for one.
         """
-        self._runner = ModelRunner(self.model, cache, scheduler, self.dtype, self.device, grammar_of)
+        self._runner = ModelRunner(self.model, cache, scheduler, self.dtype, self.device, grammar_of, self._proposer)
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         """Carry ``plan`` out after those submitted before."""

@@ -69,6 +69,15 @@ class InputBatch:
         self.token_ids[slot, first : first + len(token_ids)] = token_ids
         self.num_tokens[slot] = first + len(token_ids)
 
+    def replace_end(self, slot: int, num_drafts: int, token_ids: list[int]) -> None:
+        """The row's drafts give way to what was sampled; all of it but the last token is computed."""
+        self.num_tokens[slot] -= num_drafts
+        self.extend(slot, token_ids)
+        self.num_computed[slot] = self.num_tokens[slot] - 1
+
+    def tokens_of(self, slot: int) -> np.ndarray:
+        return self.token_ids[slot, : self.num_tokens[slot]]
+
     def arrays(self, plan: StepPlan) -> StepArrays:
         slots, counts = np.asarray(plan.slots), np.asarray(plan.num_tokens)
         return StepArrays(slots, self.num_computed[slots], counts, np.cumsum(counts) - 1)

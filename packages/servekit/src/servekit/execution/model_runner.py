@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.plan import RowStart, StepPlan, StepResult, TokenLogprob
 from servekit.execution.input_batch import InputBatch, StepArrays
+from servekit.execution.proposer import Proposer
 from servekit.execution.sampler import Grammar, Sampler
 from servekit.kernels.kv_write import copy_blocks
 from servekit.layers.attention import StepInputs
@@ -30,6 +32,7 @@ class ModelRunner:
         scheduler: how many rows, of what length.
         kv_dtype: of keys and values.
         grammar_of: makes the state of a structured output.
+        proposer: drafts the tokens of the next step.
     """
 
     def __init__(
@@ -40,8 +43,10 @@ class ModelRunner:
         kv_dtype: torch.dtype,
         device: torch.device,
         grammar_of: GrammarOf | None = None,
+        proposer: Proposer | None = None,
     ) -> None:
         self.model = model
+        self._proposer = proposer
         self._grammar_of = grammar_of
         self.device = device
         self.batch = InputBatch(
@@ -95,21 +100,65 @@ class ModelRunner:
         rows = np.flatnonzero(plan.samples)
         if not len(rows):
             return StepResult(plan.step, [], prompt_logprobs=prompt_logprobs)
-        lasts = torch.from_numpy(step.lasts[rows]).to(self.device)
-        logits = self.model.logits(hidden if len(lasts) == len(hidden) else hidden.index_select(0, lasts))
         slots = step.slots[rows].tolist()
-        output = self.sampler.sample(logits, slots)
-        tokens: list[list[int]] = []
-        for slot, token in zip(slots, output.token_ids, strict=True):
-            tokens.append([] if slot in output.errors else [token])
-            self.batch.extend(slot, [max(token, 0)])
+        drafts = [plan.drafts.get(slot, []) for slot in slots]
+        logits, firsts = self._logits(step.lasts[rows], [len(row) for row in drafts], hidden)
+        tokens, logprobs, errors = self._verified(logits, firsts, slots, drafts)
+        for slot, row, new in zip(slots, drafts, tokens, strict=True):
+            self.batch.replace_end(slot, len(row), new or [0])
         return StepResult(
             plan.step,
             tokens,
-            logprobs={slot: [entry] for slot, entry in output.logprobs.items()},
+            logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            errors=output.errors,
+            errors=errors,
+            proposals=self._proposals([slot for slot in slots if slot not in errors]),
         )
+
+    def _logits(self, lasts: NDArray[np.int64], num_drafts: list[int], hidden: Tensor) -> tuple[Tensor, list[int]]:
+        """Logits at each row's last token and at its drafts before it; where each row's begin."""
+        counts = np.asarray(num_drafts) + 1
+        ends = np.cumsum(counts)
+        if len(lasts) == len(hidden):
+            return self.model.logits(hidden), (ends - counts).tolist()
+        within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        places = np.repeat(lasts + 1 - counts, counts) + within
+        return self.model.logits(hidden.index_select(0, torch.from_numpy(places).to(self.device))), (
+            ends - counts
+        ).tolist()
+
+    def _verified(
+        self, logits: Tensor, firsts: list[int], slots: list[int], drafts: list[list[int]]
+    ) -> tuple[list[list[int]], dict[int, list[TokenLogprob]], dict[int, str]]:
+        """Each row's tokens: drafts as long as they are what is sampled, and the token sampled after them."""
+        tokens: list[list[int]] = [[] for _ in slots]
+        logprobs: dict[int, list[TokenLogprob]] = {}
+        errors: dict[int, str] = {}
+        active = list(range(len(slots)))
+        position = 0
+        while active:
+            places = [firsts[row] + position for row in active]
+            chosen = logits if len(places) == len(logits) else logits[places]
+            output = self.sampler.sample(chosen, [slots[row] for row in active])
+            errors |= output.errors
+            for slot, entry in output.logprobs.items():
+                logprobs.setdefault(slot, []).append(entry)
+            going_on = []
+            for row, token in zip(active, output.token_ids, strict=True):
+                if slots[row] in output.errors:
+                    tokens[row] = []
+                    continue
+                tokens[row].append(token)
+                if position < len(drafts[row]) and drafts[row][position] == token:
+                    going_on.append(row)
+            active, position = going_on, position + 1
+        return tokens, logprobs, errors
+
+    def _proposals(self, slots: list[int]) -> dict[int, list[int]]:
+        if self._proposer is None:
+            return {}
+        found = {slot: self._proposer.propose(self.batch.tokens_of(slot)) for slot in slots}
+        return {slot: drafts for slot, drafts in found.items() if drafts}
 
     def _prompt_logprobs_of(self, step: StepArrays, hidden: Tensor) -> dict[int, list[TokenLogprob]]:
         if not self._prompt_logprobs:

@@ -1,0 +1,90 @@
+"""Speculative decoding changes the number of steps and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.tiny import make_folder
+
+from common_platform.errors import ConfigError
+from servekit import LLM, SamplingParams
+from servekit.execution.proposer import NgramProposer, SpeculativeConfig
+from servekit.sampling.parameters import StructuredOutput
+
+
+@settings(max_examples=200, deadline=None)
+@given(tokens=st.lists(st.integers(0, 3), max_size=40), longest=st.integers(1, 4), count=st.integers(1, 6))
+def test_a_proposal_is_what_followed_the_same_tokens_before(tokens, longest, count):
+    config = SpeculativeConfig(num_speculative_tokens=count, prompt_lookup_max=longest, prompt_lookup_min=1)
+    found = NgramProposer(config).propose(np.array(tokens, dtype=np.int64))
+    assert len(found) <= count
+    for length in range(longest, 0, -1):
+        ends = [i for i in range(length, len(tokens)) if tokens[i - length : i] == tokens[-length:]]
+        if ends:
+            whole = [end for end in ends if end + count <= len(tokens)]
+            first = whole[-1] if whole else ends[0]
+            assert found == tokens[first : first + count]
+            assert found
+            return
+    assert found == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("speculative") / "tiny")
+
+
+PROMPTS = ["a b c d a b c d a b", "one two one two one", "nothing repeats here", "x"] * 2
+CASES = {
+    "greedy": {"temperature": 0},
+    "seeded": {"temperature": 0.7, "seed": 5},
+    "penalties": {"temperature": 0.5, "seed": 5, "repetition_penalty": 1.2, "presence_penalty": 0.5},
+    "logprobs": {"temperature": 0, "logprobs": 2, "prompt_logprobs": 1},
+    "stop": {"temperature": 0, "stop_token_ids": [101], "min_tokens": 5},
+    "n": {"temperature": 1.0, "seed": 3, "n": 3},
+    "grammar": {"temperature": 1.0, "seed": 3, "structured_outputs": StructuredOutput(regex="(ab|cd){5}")},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_output_is_the_same_token_for_token(folder, case):
+    few = None if case == "grammar" else [100, 101, 102]  # so that the model repeats itself
+    params = SamplingParams(max_tokens=30, ignore_eos=case != "grammar", allowed_token_ids=few, **CASES[case])
+    outputs = []
+    for speculative in (None, {"num_speculative_tokens": 3, "prompt_lookup_min": 1}):
+        with LLM(
+            folder, kv_cache_memory_bytes=1 << 17, max_model_len=128, max_num_seqs=5, speculative_config=speculative
+        ) as llm:
+            outputs.append(llm.generate(PROMPTS, params))
+            stats = llm._core.stats()
+    for one, other in zip(*outputs, strict=True):
+        assert [a.token_ids for a in one.outputs] == [a.token_ids for a in other.outputs]
+        assert [a.text for a in one.outputs] == [a.text for a in other.outputs]
+        for a, b in zip(one.outputs, other.outputs, strict=True):
+            assert len(a.logprobs or []) == len(b.logprobs or [])
+            for x, y in zip(a.logprobs or [], b.logprobs or [], strict=True):
+                assert x.token_id == y.token_id
+                assert abs(x.logprob - y.logprob) < 1e-4
+    assert stats.drafted_tokens > 0
+    assert 0 <= stats.accepted_tokens <= stats.drafted_tokens
+
+
+def test_repetition_is_accepted_and_saves_steps(folder):
+    """A bias makes the model say one token for ever: nearly every draft is right."""
+    params = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True, logit_bias={100: 100.0})
+    with LLM(folder, kv_cache_memory_bytes=4 << 20, speculative_config={"num_speculative_tokens": 4}) as llm:
+        output = llm.generate("x", params)[0].outputs[0]
+        stats = llm._core.stats()
+    assert output.token_ids == [100] * 60
+    assert stats.accepted_tokens > 40
+    assert stats.steps < 25
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"method": "oracle"}, {"num_speculative_tokens": 0}, {"prompt_lookup_min": 5}, {"prompt_lookup_max": 99}]
+)
+def test_wrong_settings_are_named(wrong):
+    with pytest.raises(ConfigError, match="speculative_config"):
+        SpeculativeConfig(**wrong)
