@@ -17,6 +17,7 @@ from common_platform.errors import ConfigError, PlatformError, exit_code
 from common_platform.logging import configure
 from servekit import __version__
 from servekit.engine.config import EngineConfig
+from servekit.execution.proposer import SpeculativeConfig
 from servekit.sampling.parameters import SamplingParams
 from servekit.server.config import ServerConfig
 from servekit.server.limits import ServerLimits, flag_of
@@ -50,6 +51,12 @@ def engine_options(command: Command) -> Command:
             flag_of(name), type=kind, default=default, help=ENGINE_HELP[name], show_default=default is not None
         )
         command = option(command)
+    command = click.option(
+        "--speculative-config",
+        metavar="JSON",
+        callback=lambda context, option, text: text and SpeculativeConfig.parse(text),
+        help='Drafts: {"num_speculative_tokens": 4} by prompt lookup, {"model": PATH} by a draft model.',
+    )(command)
     prefix = click.option(
         "--enable-prefix-caching/--no-prefix-caching", default=True, show_default=True, help="Reuse shared prefixes."
     )

@@ -64,6 +64,7 @@ class EngineCore:
         self._grammars = Grammars(config.model, self.facts)
         self.executor.start(cache, scheduler, self._grammars.start)
         self._depth = 2 if plans_ahead else 1
+        self._drafting: set[str] = set()  # sequences whose grammar may draft: planned when their last step is known
         self._under_way: deque[tuple[StepPlan, Future[StepResult]]] = deque()
 
     def _prove(self, config: EngineConfig) -> None:
@@ -124,6 +125,7 @@ class EngineCore:
                 self.abort([request.child_id(i) for i in range(index)])
                 raise
         if spec:
+            self._drafting.update(request.child_id(i) for i in range(request.num_sequences))
             self._grammars.prepare(spec, [request.child_id(i) for i in range(request.num_sequences)])
 
     def abort(self, sequence_ids: Sequence[str], reason: FinishReason = FinishReason.ABORT) -> None:
@@ -138,7 +140,7 @@ class EngineCore:
     def step(self) -> list[RequestUpdate]:
         """Plan as far ahead as allowed, wait for the oldest step, and return all news."""
         self._release_prepared(0.0)
-        while len(self._under_way) < self._depth:
+        while len(self._under_way) < (1 if self._drafting else self._depth):
             plan = self.scheduler.plan_step()
             if not plan.slots and not plan.ends:
                 break
@@ -148,7 +150,10 @@ class EngineCore:
             self.scheduler.finish_step(plan, future.result())
         else:
             self._release_prepared(GRAMMAR_WAIT_S)
-        return self.scheduler.take_updates()
+        updates = self.scheduler.take_updates()
+        if self._drafting:
+            self._drafting.difference_update(update.request_id for update in updates if update.finish_reason)
+        return updates
 
     def _release_prepared(self, wait_s: float) -> None:
         """Requests whose grammar is compiled join the queue; the others of a grammar that failed end."""

@@ -15,8 +15,9 @@ from common_platform.errors import ArtifactConfigError, ConfigError
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import KVGroup, ModelFacts
 from servekit.core.plan import StepPlan, StepResult
+from servekit.execution.draft_model import DraftModelProposer
 from servekit.execution.model_runner import GrammarOf, ModelRunner, score
-from servekit.execution.proposer import NgramProposer, SpeculativeConfig
+from servekit.execution.proposer import NgramProposer, Proposer, SpeculativeConfig
 from servekit.layers.parallel import SingleRank
 from servekit.layers.weights import Weights
 from servekit.models.registry import architecture_of, model_class
@@ -56,6 +57,7 @@ class InProcessExecutor:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.folder = open_model_folder(model)
+        self._folders = [self.folder]
         self.device = torch.device(config.device)
         self.dtype = self._dtype(config, self.folder)
         architecture = architecture_of(self.folder)
@@ -76,7 +78,7 @@ class InProcessExecutor:
             device=str(self.device),
             num_parameters=weights.num_parameters,
         )
-        self._proposer = NgramProposer(config.speculative) if config.speculative else None
+        self._proposer = self._make_proposer(config)
         self._runner: ModelRunner | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="servekit-executor")
 
@@ -88,13 +90,37 @@ class InProcessExecutor:
             return torch.float32
         return DTYPES.get(str(folder.config.get("dtype") or folder.config.get("torch_dtype")), torch.bfloat16)
 
+    def _make_proposer(self, config: ExecutorConfig) -> Proposer | None:
+        speculative = config.speculative
+        if speculative is None:
+            return None
+        if speculative.model is None:
+            return NgramProposer(speculative)
+        folder = open_model_folder(speculative.model)
+        self._folders.append(folder)
+        positions = self.model_facts.max_model_len
+        made_for = folder.config_int("max_position_embeddings", high=1 << 26)
+        if made_for < positions:
+            limit = f"a draft model of {positions} positions or more"
+            raise ConfigError("speculative_config.model", f"{made_for} positions", limit, flag="--max-model-len")
+        weights = Weights(folder, self.dtype, self.device, SingleRank())
+        with torch.inference_mode():
+            model = model_class(architecture_of(folder))(weights, positions)
+        return DraftModelProposer(
+            model,
+            speculative.num_speculative_tokens,
+            vocab_size=self.model.vocab_size,
+            target_groups=self.model.kv_groups,
+        )
+
     @property
     def kv_groups(self) -> list[KVGroup]:
         return self.model.kv_groups
 
     def bytes_per_block(self, block_size: int) -> int:
         """Memory of one block of every group together."""
-        return block_size * sum(attention.bytes_per_token(self.dtype) for attention in self.model.attentions)
+        attentions = [*self.model.attentions, *(self._proposer.attentions if self._proposer else [])]
+        return block_size * sum(attention.bytes_per_token(self.dtype) for attention in attentions)
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """The logprob of each token after the first. Only before ``start``."""
@@ -108,6 +134,8 @@ class InProcessExecutor:
         Args:
             grammar_of: makes the state of a structured output; None where no request asks for one.
         """
+        if self._proposer:
+            self._proposer.bind(cache, scheduler.max_num_seqs, self.dtype, self.device)
         self._runner = ModelRunner(self.model, cache, scheduler, self.dtype, self.device, grammar_of, self._proposer)
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
@@ -123,7 +151,8 @@ class InProcessExecutor:
         """Let the step under way end; nothing runs afterwards."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._runner = None
-        self.folder.close()
+        for folder in self._folders:
+            folder.close()
 
 
 def _eos(folder: ModelFolder, vocab_size: int) -> list[int]:

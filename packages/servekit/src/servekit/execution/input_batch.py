@@ -36,6 +36,7 @@ class InputBatch:
         self, max_num_seqs: int, max_model_len: int, block_size: int, groups: list[KVGroup], device: torch.device
     ) -> None:
         self.block_size = block_size
+        self.max_model_len = max_model_len
         self.groups = groups
         self.device = device
         max_blocks = -(-max_model_len // block_size)

@@ -20,6 +20,7 @@ from servekit.models.registry import CausalModel
 from servekit.sampling.parameters import SamplingParams, StructuredOutput
 
 GrammarOf = Callable[[StructuredOutput], Grammar]
+MAX_FORCED = 32  # tokens of a grammar's forced text that one step verifies
 PROMPT_LOGPROB_ROWS = 256  # positions whose logits exist at a time
 
 
@@ -64,7 +65,10 @@ class ModelRunner:
         if not plan.slots:
             return StepResult(plan.step, [])
         step = self.batch.arrays(plan)
-        hidden = self.model.forward(self.batch.inputs(step))
+        inputs = self.batch.inputs(step)
+        hidden = self.model.forward(inputs)
+        if self._proposer:
+            self._proposer.computed(inputs)
         prompt_logprobs = self._prompt_logprobs_of(step, hidden)
         self.batch.num_computed[step.slots] += step.counts
         return self._sample(plan, step, hidden, prompt_logprobs)
@@ -74,6 +78,8 @@ class ModelRunner:
             self.sampler.remove_row(slot)
             self._prompt_logprobs.pop(slot, None)
         self._copy(plan.copies)
+        if self._proposer:
+            self._proposer.copy(plan.copies)
         for row in plan.starts:
             self.batch.start(row)
             prompt, output = row.token_ids[: row.num_prompt_tokens], row.token_ids[row.num_prompt_tokens :]
@@ -155,9 +161,11 @@ class ModelRunner:
         return tokens, logprobs, errors
 
     def _proposals(self, slots: list[int]) -> dict[int, list[int]]:
-        if self._proposer is None:
-            return {}
-        found = {slot: self._proposer.propose(self.batch.tokens_of(slot)) for slot in slots}
+        """What a grammar forces comes first (jump-ahead: Zheng et al., "SGLang", 2024), then what is likely."""
+        found = {slot: self.sampler.forced(slot)[:MAX_FORCED] for slot in slots}
+        if self._proposer:
+            free = [slot for slot in slots if not found[slot]]
+            found |= dict(zip(free, self._proposer.propose(self.batch, free), strict=True))
         return {slot: drafts for slot, drafts in found.items() if drafts}
 
     def _prompt_logprobs_of(self, step: StepArrays, hidden: Tensor) -> dict[int, list[TokenLogprob]]:

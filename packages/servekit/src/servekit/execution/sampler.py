@@ -33,6 +33,9 @@ class Grammar(Protocol):
     def accept(self, tokens: Sequence[int]) -> bool:
         """Move on by ``tokens``; False where one is not allowed."""
 
+    def forced(self) -> list[int]:
+        """The tokens that must come next; empty where there is a choice."""
+
 
 @dataclass(slots=True)
 class SampleOutput:
@@ -133,6 +136,11 @@ class Sampler:
 
     def remove_row(self, slot: int) -> None:
         del self._rows[slot]
+
+    def forced(self, slot: int) -> list[int]:
+        """The tokens that the grammar of ``slot`` leaves no choice about; empty without one."""
+        grammar = self._rows[slot].grammar
+        return grammar.forced() if grammar else []
 
     def sample(self, logits: Tensor, slots: Sequence[int]) -> SampleOutput:
         """One token for each slot.
