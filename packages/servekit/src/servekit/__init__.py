@@ -6,9 +6,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from servekit.engine.async_engine import AsyncEngine
+    from servekit.engine.beam_search import BeamSearchOutput, BeamSearchParams
     from servekit.engine.config import EngineConfig
     from servekit.engine.output import CompletionOutput, RequestOutput
-    from servekit.llm import LLM
+    from servekit.llm import LLM, EmbeddingOutput
     from servekit.sampling.parameters import SamplingParams
 
 _PUBLIC = {
@@ -17,9 +18,23 @@ _PUBLIC = {
     "RequestOutput": "servekit.engine.output",
     "CompletionOutput": "servekit.engine.output",
     "EngineConfig": "servekit.engine.config",
+    "BeamSearchParams": "servekit.engine.beam_search",
+    "BeamSearchOutput": "servekit.engine.beam_search",
+    "EmbeddingOutput": "servekit.llm",
     "AsyncEngine": "servekit.engine.async_engine",
 }
-__all__ = ["LLM", "AsyncEngine", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "EmbeddingOutput",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

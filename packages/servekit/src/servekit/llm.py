@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict
 
+import msgspec
+
+from common_platform.errors import ConfigError, RequestError, ResourceError
+from servekit.core.plan import TokenLogprob
+from servekit.core.stats import SchedulerStats
+from servekit.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from servekit.engine.config import EngineConfig
 from servekit.engine.engine import EngineCore
 from servekit.engine.grammars import GrammarDoor
 from servekit.engine.output import OutputProcessor, RequestOutput, RequestTracker
 from servekit.engine.tokenizer import Tokenizer
-from servekit.engine.validate import validate
+from servekit.engine.validate import EngineRequest, validate
+from servekit.execution.pooling import POOLINGS
 from servekit.execution.proposer import SpeculativeConfig
 from servekit.sampling.parameters import SamplingParams
 
@@ -26,6 +36,15 @@ class TokensPrompt(TypedDict):
 
 Prompt = str | list[int] | TokensPrompt
 Messages = list[dict[str, Any]]
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """A prompt as a vector, or as one vector a token."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    embedding: list[Any]
 
 
 class LLM:
@@ -83,15 +102,114 @@ class LLM:
         prompts = [self.tokenizer.apply_chat_template(chat, **template) for chat in chats]  # type: ignore[arg-type]
         return self._run(prompts, _params_for(prompts, sampling_params), False)
 
-    def _run(
-        self, prompts: Sequence[str | list[int]], params: Sequence[SamplingParams], add_special_tokens: bool
-    ) -> list[RequestOutput]:
-        requests = [
-            validate(
-                f"{next(self._numbers)}", prompt, one, self.facts, self.tokenizer, add_special_tokens=add_special_tokens
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The ``params.beam_width`` most likely continuations of each prompt.
+
+        Raises:
+            RequestError: a prompt and ``max_tokens`` do not fit the context.
+        """
+        many = [_tokens_or_text(prompt) for prompt in _as_list(prompts)]
+        longest = SamplingParams(max_tokens=params.max_tokens)
+        token_ids = [self._validated(prompt, longest, True).prompt_token_ids for prompt in many]
+        found = beam_search(token_ids, params, self.facts.eos_token_ids, self._next_tokens)
+        for beam in (beam for beams in found for beam in beams):
+            beam.text = self.tokenizer.decode(beam.token_ids[beam.num_prompt :], skip_special_tokens=True)
+        return [BeamSearchOutput(beams) for beams in found]
+
+    def _next_tokens(self, sequences: list[list[int]], params: SamplingParams) -> list[TokenLogprob | None]:
+        answers = [output.outputs[0] for output in self._run(sequences, [params] * len(sequences), False)]
+        return [answer.logprobs[0] if answer.logprobs else None for answer in answers]
+
+    def encode(self, prompts: Prompt | Sequence[Prompt], *, pooling: str = "all") -> list[EmbeddingOutput]:
+        """The last hidden states of each prompt, float32.
+
+        Args:
+            pooling: ``all`` of them, one vector a token; their ``mean``; or the ``last`` token's.
+
+        Raises:
+            RequestError: a prompt does not fit the context; none has been run then.
+        """
+        if pooling not in POOLINGS:
+            raise RequestError("pooling", pooling, f"one of {POOLINGS}", code="out_of_range")
+        many = [_tokens_or_text(prompt) for prompt in _as_list(prompts)]
+        params = [SamplingParams(max_tokens=0, temperature=0.0)] * len(many)
+        outputs = self._run(many, params, True, pooling)
+        for output in outputs:
+            if not output.pooled:
+                answer = output.outputs[0]
+                raise ResourceError(
+                    message=f"encode: request {output.request_id}: {answer.error or answer.finish_reason}"
+                )
+        return [EmbeddingOutput(output.request_id, output.prompt_token_ids, output.pooled) for output in outputs]
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: str = "last", normalize: bool = True
+    ) -> list[EmbeddingOutput]:
+        """One vector a prompt, of length 1 unless told otherwise; ``pooling``: ``last`` or ``mean``, as of ``encode``."""
+        if pooling == "all":
+            raise RequestError(
+                "pooling", pooling, "last or mean; or encode() for a vector a token", code="out_of_range"
             )
-            for prompt, one in zip(prompts, params, strict=True)
+        outputs = self.encode(prompts, pooling=pooling)
+        for output in outputs if normalize else ():
+            length = math.sqrt(math.fsum(x * x for x in output.embedding)) or 1.0
+            output.embedding = [x / length for x in output.embedding]
+        return outputs
+
+    def score(self, queries: Prompt | Sequence[Prompt], texts: Prompt | Sequence[Prompt]) -> list[float]:
+        """How alike two texts are: the cosine of their embeddings, -1..1. One query is held against every text."""
+        first, second = _as_list(queries), _as_list(texts)
+        if len(first) not in (1, len(second)):
+            raise ValueError(f"{len(first)} queries but {len(second)} texts: give one query, or one each")
+        vectors = [output.embedding for output in self.embed([*first, *second])]
+        left = vectors[: len(first)] * (len(second) // len(first))
+        return [math.fsum(map(operator.mul, a, b)) for a, b in zip(left, vectors[len(first) :], strict=True)]
+
+    def sleep(self, level: int = 1) -> None:
+        """Give memory back until ``wake_up``: the KV cache (level 1), and the weights as well (level 2).
+
+        Raises:
+            ConfigError: no such level.
+        """
+        if level not in (1, 2):
+            raise ConfigError("level", level, "1 or 2")
+        self._core.sleep(level)
+
+    def wake_up(self) -> None:
+        """Take the memory again; what was cached is gone, answers are the same."""
+        self._core.wake_up()
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self._core.is_sleeping
+
+    def collective_rpc(self, method: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Call a method of every worker by its name, or ``method(worker, ...)``: one result a rank. For the curious."""
+        return self._core.executor.collective_rpc(method, args, kwargs)
+
+    def stats(self) -> SchedulerStats:
+        """What the scheduler counted so far."""
+        return self._core.stats()
+
+    def _validated(self, prompt: str | list[int], params: SamplingParams, add_special_tokens: bool) -> EngineRequest:
+        return validate(
+            f"{next(self._numbers)}", prompt, params, self.facts, self.tokenizer, add_special_tokens=add_special_tokens
+        )
+
+    def _run(
+        self,
+        prompts: Sequence[str | list[int]],
+        params: Sequence[SamplingParams],
+        add_special_tokens: bool,
+        pooling: str = "",
+    ) -> list[RequestOutput]:
+        if self.is_sleeping:
+            raise ResourceError(message="the engine sleeps: call wake_up() first")
+        requests = [
+            self._validated(prompt, one, add_special_tokens) for prompt, one in zip(prompts, params, strict=True)
         ]
+        if pooling:
+            requests = [msgspec.structs.replace(request, pooling=pooling) for request in requests]
         for one in params:
             if one.structured_outputs is not None:
                 self._grammars.check(one.structured_outputs)

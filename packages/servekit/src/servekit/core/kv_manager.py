@@ -67,7 +67,7 @@ class KVManager:
     def find_hit(self, request: Request) -> Hit:
         """The longest cached prefix; at least one token is left to compute, so that there are logits."""
         empty = Hit(0, [[] for _ in self.groups])
-        if not self.shares_prefixes or request.wants_prompt_logprobs:
+        if not self.shares_prefixes or request.needs_whole_prompt:
             return empty
         usable = request.num_tokens - 1
         keys = self._hasher.keys(request, usable // self.block_size)
@@ -109,7 +109,7 @@ class KVManager:
     def fork_hit(self, source: Request, request: Request) -> Hit | None:
         """What ``request`` may share with the running ``source`` of the same prompt; None where nothing."""
         usable = min(source.num_confirmed, request.num_prompt - 1)
-        if not self._only_full or request.wants_prompt_logprobs or usable <= 0:
+        if not self._only_full or request.needs_whole_prompt or usable <= 0:
             return None
         whole, rest = divmod(usable, self.block_size)
         tables = [table[:whole] for table in source.tables]

@@ -29,6 +29,7 @@ class RowStart(msgspec.Struct, frozen=True, array_like=True):
     sampling: SamplingParams
     eos_token_ids: list[int]  # banned until min_tokens are out
     adapter_id: int = 0  # 0: no adapter
+    pooling: str = ""  # last | mean | all
 
 
 class BlockAppend(msgspec.Struct, frozen=True, array_like=True):
@@ -83,4 +84,4 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: dict[int, list[TokenLogprob]] = {}  # slot -> prompt positions computed in this step, from 1 on
     errors: dict[int, str] = {}  # slot -> why this row alone failed
     proposals: dict[int, list[int]] = {}  # slot -> drafts for its next step
-    pooled: dict[int, Any] = {}  # slot -> embedding, for requests that ask for one
+    pooled: dict[int, list[Any]] = {}  # slot -> a vector, or one a token, with the last token of its prompt

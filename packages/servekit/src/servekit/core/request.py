@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
+from typing import Any
 
 import msgspec
 
@@ -68,6 +69,7 @@ class RequestUpdate(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: str | None = None
     stop_reason: int | None = None  # the stop token that ended it, where it was not the model's own
     error: str | None = None
+    pooled: list[Any] = []  # of the prompt's hidden states, where asked for: one vector, or one a token
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
     events: list[RequestEvent] = []
 
@@ -95,6 +97,7 @@ class Request:
         media: Sequence[tuple[int, str]] = (),
         held: RequestState | None = None,
         fork_of: str | None = None,
+        pooling: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """A request as the door has checked it.
@@ -105,6 +108,7 @@ class Request:
             media: (position of its first placeholder token, content hash) of each image or sound.
             held: the state to start in, where something must be ready first.
             fork_of: the id of the request that computes the same prompt.
+            pooling: last | mean | all: what to return of the prompt's hidden states, without an answer.
         """
         self.id = request_id
         self.sampling = sampling
@@ -116,6 +120,7 @@ class Request:
         self.cache_salt = cache_salt
         self.media = sorted(media)
         self.fork_of = fork_of
+        self.pooling = pooling
         self.arrival = clock()
         self.order = 0  # the scheduler's running number, ties of arrival included
 
@@ -136,6 +141,7 @@ class Request:
         self.drafts: list[int] = []
         self.steps_under_way = 0
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.pooled: list[Any] = []
 
         self.finish_reason: FinishReason | None = None
         self.events = [RequestEvent("queued", self.arrival)]
@@ -163,6 +169,11 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Something is wanted of every position of the prompt, so none may come out of the cache."""
+        return self.wants_prompt_logprobs or self.pooling in ("mean", "all")
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -279,6 +279,7 @@ class Scheduler:
                 sampling=request.sampling,
                 eos_token_ids=request.eos_token_ids,
                 adapter_id=request.adapter_id,
+                pooling=request.pooling,
             )
         )
 
@@ -346,6 +347,7 @@ class Scheduler:
             self._confirm(row, len(new))
             self._collect_prompt_logprobs(row, result.prompt_logprobs.get(slot, []))
             row.request.drafts = list(result.proposals.get(slot, []))
+            row.request.pooled = result.pooled.get(slot, [])
             self._advance(row, new, result.logprobs.get(slot, []))
 
     def _confirm(self, row: Row, num_new: int) -> None:
@@ -445,6 +447,7 @@ class Scheduler:
                 finish_reason=reason.value,
                 stop_reason=stop_reason,
                 error=error,
+                pooled=request.pooled,
                 num_cached_tokens=max(request.num_cached, 0),
                 events=request.take_events(),
             )

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from common_platform.artifact import check_probes
-from common_platform.errors import ConfigError, RequestError
+from common_platform.errors import ConfigError, RequestError, ResourceError
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import ModelFacts
 from servekit.core.plan import StepPlan, StepResult
@@ -66,6 +66,7 @@ class EngineCore:
         self._depth = 2 if plans_ahead else 1
         self._drafting: set[str] = set()  # sequences whose grammar may draft: planned when their last step is known
         self._under_way: deque[tuple[StepPlan, Future[StepResult]]] = deque()
+        self.is_sleeping = False
 
     def _prove(self, config: EngineConfig) -> None:
         manifest = self.executor.folder.manifest
@@ -118,6 +119,7 @@ class EngineCore:
                 cache_salt=request.cache_salt,
                 held=RequestState.WAITING_GRAMMAR if spec else None,
                 fork_of=request.child_id(0) if index else None,
+                pooling=request.pooling,
             )
             try:
                 self.scheduler.add(sequence)
@@ -166,6 +168,27 @@ class EngineCore:
 
     def stats(self) -> SchedulerStats:
         return self.scheduler.stats()
+
+    def sleep(self, level: int) -> None:
+        """Give the KV cache back, at level 2 the weights too. Nothing may be under way.
+
+        Raises:
+            ResourceError: requests are here.
+        """
+        if self.has_work:
+            raise ResourceError(message="sleep: requests are under way; wait for them or abort them first")
+        if not self.is_sleeping:
+            self.scheduler.reset_prefix_cache()
+            self.executor.execute(self.scheduler.plan_step())  # the last slots are given back
+            self.executor.sleep(level)
+            self.is_sleeping = True
+
+    def wake_up(self) -> None:
+        """Be ready for requests again."""
+        if self.is_sleeping:
+            self.executor.wake_up()
+            self.executor.start(self.cache, self.scheduler.config, self._grammars.start)
+            self.is_sleeping = False
 
     def reset_prefix_cache(self) -> bool:
         return self.scheduler.reset_prefix_cache()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from servekit.core.plan import TokenLogprob
 from servekit.core.request import RequestEvent, RequestUpdate
@@ -45,6 +46,7 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprob] | None = None  # of all prompt tokens but the first
     num_cached_tokens: int = 0
     events: list[RequestEvent] = field(default_factory=list)
+    pooled: list[Any] = field(default_factory=list)  # a vector of the prompt, or one a token, where asked for
 
 
 class _Sequence:
@@ -118,6 +120,7 @@ class RequestTracker:
         self._prompt_logprobs: list[TokenLogprob] | None = None
         self._cached = 0
         self._events: list[RequestEvent] = []
+        self._pooled: list[Any] = []
 
     @property
     def finished(self) -> bool:
@@ -136,6 +139,7 @@ class RequestTracker:
             self._prompt_logprobs = update.prompt_logprobs
         self._cached = max(self._cached, update.num_cached_tokens)
         self._events += update.events
+        self._pooled = update.pooled or self._pooled
         stopped = sequence.add(update)
         if self._picks_best and not self.finished:
             return None, stopped
@@ -159,6 +163,7 @@ class RequestTracker:
             (self._prompt_logprobs or []) if wanted else None,
             self._cached,
             list(self._events),
+            self._pooled,
         )
 
     def final(self) -> RequestOutput:

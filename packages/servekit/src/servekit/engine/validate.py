@@ -27,6 +27,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     tenant: str = ""
     cache_salt: str = ""
     timeout_s: float | None = None  # from its arrival at the engine
+    pooling: str = ""  # last | mean | all: what to return of the prompt's hidden states, without an answer
 
     @property
     def num_sequences(self) -> int:

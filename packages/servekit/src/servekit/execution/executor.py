@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +22,7 @@ from servekit.execution.model_runner import GrammarOf, ModelRunner, score
 from servekit.execution.proposer import NgramProposer, Proposer, SpeculativeConfig
 from servekit.layers.parallel import SingleRank
 from servekit.layers.weights import Weights
-from servekit.models.registry import architecture_of, model_class
+from servekit.models.registry import CausalModel, architecture_of, model_class
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_BLOCK = 16
@@ -65,9 +67,7 @@ class InProcessExecutor:
         if config.max_model_len > made_for:
             raise ConfigError("max_model_len", config.max_model_len, f"1..{made_for}", flag="--max-model-len")
         max_positions = config.max_model_len or made_for
-        weights = Weights(self.folder, self.dtype, self.device, SingleRank())
-        with torch.inference_mode():
-            self.model = model_class(architecture)(weights, max_positions)
+        self.model, num_parameters = self._load(self.folder, max_positions)
         self.model_facts = ModelFacts(
             architecture=architecture,
             vocab_size=self.model.vocab_size,
@@ -76,9 +76,10 @@ class InProcessExecutor:
             bos_token_id=self.folder.config.get("bos_token_id"),
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
-            num_parameters=weights.num_parameters,
+            num_parameters=num_parameters,
         )
-        self._proposer = self._make_proposer(config)
+        self._config = config
+        self._proposer = self._make_proposer()
         self._runner: ModelRunner | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="servekit-executor")
 
@@ -90,8 +91,14 @@ class InProcessExecutor:
             return torch.float32
         return DTYPES.get(str(folder.config.get("dtype") or folder.config.get("torch_dtype")), torch.bfloat16)
 
-    def _make_proposer(self, config: ExecutorConfig) -> Proposer | None:
-        speculative = config.speculative
+    def _load(self, folder: ModelFolder, max_positions: int) -> tuple[CausalModel, int]:
+        """The model and how many parameters it has."""
+        weights = Weights(folder, self.dtype, self.device, SingleRank())
+        with torch.inference_mode():
+            return model_class(architecture_of(folder))(weights, max_positions), weights.num_parameters
+
+    def _make_proposer(self) -> Proposer | None:
+        speculative = self._config.speculative
         if speculative is None:
             return None
         if speculative.model is None:
@@ -103,11 +110,8 @@ class InProcessExecutor:
         if made_for < positions:
             limit = f"a draft model of {positions} positions or more"
             raise ConfigError("speculative_config.model", f"{made_for} positions", limit, flag="--max-model-len")
-        weights = Weights(folder, self.dtype, self.device, SingleRank())
-        with torch.inference_mode():
-            model = model_class(architecture_of(folder))(weights, positions)
         return DraftModelProposer(
-            model,
+            self._load(folder, positions)[0],
             speculative.num_speculative_tokens,
             vocab_size=self.model.vocab_size,
             target_groups=self.model.kv_groups,
@@ -143,6 +147,28 @@ class InProcessExecutor:
         if self._runner is None:
             raise RuntimeError("submit() before start()")
         return self._thread.submit(self._runner.execute, plan)
+
+    def collective_rpc(
+        self, method: str | Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> list[Any]:
+        """Call ``method`` of every rank's model runner between two steps, by name or as a function of the runner."""
+        call = getattr(self._runner, method) if isinstance(method, str) else partial(method, self._runner)
+        return [self._thread.submit(call, *args, **kwargs).result()]
+
+    def sleep(self, level: int) -> None:
+        """Give the cache back, at level 2 the weights too."""
+        self._runner = None
+        for attention in [*self.model.attentions, *(self._proposer.attentions if self._proposer else [])]:
+            attention.cache = torch.empty(0)
+        if level == 2:
+            del self.model
+            self._proposer = None
+
+    def wake_up(self) -> None:
+        """Load what was given back; ``start`` comes next."""
+        if not hasattr(self, "model"):
+            self.model, _ = self._load(self.folder, self.model_facts.max_model_len)
+            self._proposer = self._make_proposer()
 
     def execute(self, plan: StepPlan) -> StepResult:
         return self.submit(plan).result()

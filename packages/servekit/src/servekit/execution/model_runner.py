@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ from torch import Tensor
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.plan import RowStart, StepPlan, StepResult, TokenLogprob
 from servekit.execution.input_batch import InputBatch, StepArrays
+from servekit.execution.pooling import Pool
 from servekit.execution.proposer import Proposer
 from servekit.execution.sampler import Grammar, Sampler
 from servekit.kernels.kv_write import copy_blocks
@@ -55,6 +58,7 @@ class ModelRunner:
         )
         self.sampler = Sampler(model.vocab_size, scheduler.max_num_seqs, device)
         self._prompt_logprobs: dict[int, int] = {}  # slot -> how many of the most likely
+        self._pools: dict[int, Pool] = {}
         for attention in model.attentions:
             attention.bind(cache.num_blocks, cache.block_size, kv_dtype, device)
 
@@ -70,13 +74,16 @@ class ModelRunner:
         if self._proposer:
             self._proposer.computed(inputs)
         prompt_logprobs = self._prompt_logprobs_of(step, hidden)
+        pooled = self._pooled_of(step, hidden)
         self.batch.num_computed[step.slots] += step.counts
-        return self._sample(plan, step, hidden, prompt_logprobs)
+        result = self._sample(plan, step, hidden, prompt_logprobs)
+        return msgspec.structs.replace(result, pooled=pooled) if pooled else result
 
     def _apply(self, plan: StepPlan) -> None:
         for slot in plan.ends:
             self.sampler.remove_row(slot)
             self._prompt_logprobs.pop(slot, None)
+            self._pools.pop(slot, None)
         self._copy(plan.copies)
         if self._proposer:
             self._proposer.copy(plan.copies)
@@ -88,6 +95,8 @@ class ModelRunner:
             self.sampler.add_row(row.slot, row.sampling, prompt, output, row.eos_token_ids, grammar)
             if row.sampling.prompt_logprobs is not None:
                 self._prompt_logprobs[row.slot] = row.sampling.prompt_logprobs
+            if row.pooling:
+                self._pools[row.slot] = Pool(row.pooling, row.num_prompt_tokens)
         for append in plan.appends:
             self.batch.append(append)
         for slot, drafts in plan.drafts.items():
@@ -167,6 +176,17 @@ class ModelRunner:
             free = [slot for slot in slots if not found[slot]]
             found |= dict(zip(free, self._proposer.propose(self.batch, free), strict=True))
         return {slot: drafts for slot, drafts in found.items() if drafts}
+
+    def _pooled_of(self, step: StepArrays, hidden: Tensor) -> dict[int, list[Any]]:
+        if not self._pools:
+            return {}
+        found: dict[int, list[Any]] = {}
+        for row, slot in enumerate(step.slots.tolist()):
+            if slot in self._pools:
+                last = int(step.lasts[row]) + 1
+                states = hidden[last - int(step.counts[row]) : last]
+                found[slot] = self._pools[slot].add(states, int(step.starts[row]))
+        return {slot: pooled for slot, pooled in found.items() if pooled}
 
     def _prompt_logprobs_of(self, step: StepArrays, hidden: Tensor) -> dict[int, list[TokenLogprob]]:
         if not self._prompt_logprobs:
