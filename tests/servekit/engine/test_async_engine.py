@@ -15,6 +15,7 @@ from tests.tiny import make_folder
 
 from common_platform.errors import ArtifactMissing, EngineDead, RequestError
 from servekit import LLM, AsyncEngine, EngineConfig, SamplingParams
+from servekit.engine.messages import Answer
 
 PROMPTS = [f"number {i} is" for i in range(12)]
 GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
@@ -167,3 +168,19 @@ def test_the_engine_dies_with_its_parent(folder):
     parent.stdout.close()
     _gone, alive = psutil.wait_procs([child], timeout=5)
     assert not alive
+
+
+def test_a_question_can_be_cancelled_the_moment_that_it_is_answered(folder) -> None:
+    """Else whoever cancels it and waits for its end waits for ever."""
+
+    async def work(engine: AsyncEngine) -> None:
+        asked = asyncio.create_task(engine.stats())
+        while not engine._answers:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        next(iter(engine._answers.values())).set_result(Answer(0))
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+
+    run(work, folder)

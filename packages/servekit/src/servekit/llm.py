@@ -145,7 +145,7 @@ class LLM:
     def embed(
         self, prompts: Prompt | Sequence[Prompt], *, pooling: str = "last", normalize: bool = True
     ) -> list[EmbeddingOutput]:
-        """One vector a prompt, of length 1 unless told otherwise; ``pooling``: ``last`` or ``mean``, as of ``encode``."""
+        """One vector a prompt, of length 1 unless told otherwise; ``pooling``: ``last`` or ``mean``, see ``encode``."""
         if pooling == "all":
             raise RequestError(
                 "pooling", pooling, "last or mean; or encode() for a vector a token", code="out_of_range"

@@ -160,7 +160,8 @@ class AsyncEngine:
     async def _send(self, message: m.ToEngine) -> None:
         """Raises EngineDead where nobody takes the message: the process has gone and is not noticed yet."""
         try:
-            await asyncio.wait_for(self._socket.send(m.encode(message)), SEND_LIMIT_S)
+            async with asyncio.timeout(SEND_LIMIT_S):  # not wait_for: before 3.12 it may swallow a cancellation
+                await self._socket.send(m.encode(message))
         except (TimeoutError, zmq.ZMQError) as error:
             raise self.dead or EngineDead(message="the engine's process takes no messages") from error
 
@@ -221,7 +222,8 @@ class AsyncEngine:
         self._answers[number] = asyncio.get_running_loop().create_future()
         try:
             await self._send(m.Ask(number, what))
-            return await asyncio.wait_for(self._answers[number], ASK_LIMIT_S)
+            async with asyncio.timeout(ASK_LIMIT_S):
+                return await self._answers[number]
         finally:
             del self._answers[number]
 
@@ -298,7 +300,8 @@ class AsyncEngine:
             with contextlib.suppress(EngineDead):
                 await self._send(m.Stop())
             try:
-                await asyncio.wait_for(process.wait(), STOP_LIMIT_S)
+                async with asyncio.timeout(STOP_LIMIT_S):
+                    await process.wait()
             except TimeoutError:
                 process.kill()
                 await process.wait()
