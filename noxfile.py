@@ -17,6 +17,7 @@ PACKAGES = ("common-platform", "trainkit", "servekit")
 CONSTRAINTS = ROOT / "constraints" / "ci.txt"
 REAL_MODEL = ["transformers", "gguf", "accelerate"]
 TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "openai", "httpx", "psutil", "matplotlib"]
+TEST_EXTRAS = ["llguidance", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"]
 
 nox.options.sessions = ["tests", "lint", "types", "build"]
 nox.options.reuse_existing_virtualenvs = True
@@ -39,7 +40,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests but those marked slow or gpu."""
-    install(session, *REAL_MODEL, *TEST_NEEDS, "llguidance")
+    install(session, *REAL_MODEL, *TEST_NEEDS, *TEST_EXTRAS)
     session.run("python", "-m", "common_platform.embedded", silent=True)  # made once, before the workers start
     chosen = session.posargs or ["-m", "not slow and not gpu", "-n", "2", "--dist", "loadfile"]
     session.run("python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"})
@@ -55,7 +56,7 @@ def core(session: nox.Session) -> None:
 @nox.session
 def slow(session: nox.Session) -> None:
     """The tests that take minutes each."""
-    install(session, *REAL_MODEL, *TEST_NEEDS, "llguidance")
+    install(session, *REAL_MODEL, *TEST_NEEDS, *TEST_EXTRAS)
     session.run("python", "-m", "pytest", "-m", "slow", "--timeout", "3600", *session.posargs)
 
 

@@ -38,6 +38,7 @@ ENGINE_HELP = {
     "max_num_batched_tokens": "Tokens a step computes at the most.",
     "long_prefill_token_threshold": "Longest prefill chunk of one request in a step; 0: no bound.",
     "scheduling_policy": "fcfs, priority or fair.",
+    "otlp_traces_endpoint": "OpenTelemetry collector that gets a span a request: http://HOST:4318/v1/traces.",
 }
 
 

@@ -22,6 +22,7 @@ from servekit.engine.engine import EngineCore
 from servekit.engine.grammars import GrammarDoor
 from servekit.engine.output import OutputProcessor, RequestOutput, RequestTracker
 from servekit.engine.tokenizer import Tokenizer
+from servekit.engine.tracing import RequestTracer
 from servekit.engine.validate import EngineRequest, validate
 from servekit.execution.pooling import POOLINGS
 from servekit.execution.proposer import SpeculativeConfig
@@ -70,7 +71,8 @@ class LLM:
         self._core = EngineCore(config)
         self.tokenizer = Tokenizer.from_folder(self._core.executor.folder)
         self.facts = self._core.facts
-        self._outputs = OutputProcessor(self.tokenizer)
+        self._tracer = RequestTracer.of(config)
+        self._outputs = OutputProcessor(self.tokenizer, self._tracer)
         self._grammars = GrammarDoor(config.model, self.facts)
         self._numbers = itertools.count()
 
@@ -235,6 +237,8 @@ class LLM:
         """Give memory and threads back."""
         self._grammars.close()
         self._core.stop()
+        if self._tracer is not None:
+            self._tracer.close()
 
     def __enter__(self) -> LLM:
         return self

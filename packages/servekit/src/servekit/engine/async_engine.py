@@ -24,6 +24,7 @@ from servekit.engine.config import EngineConfig
 from servekit.engine.grammars import GrammarDoor
 from servekit.engine.output import OutputProcessor, RequestOutput
 from servekit.engine.tokenizer import Tokenizer
+from servekit.engine.tracing import RequestTracer
 from servekit.engine.validate import EngineRequest, validate
 from servekit.sampling.parameters import SamplingParams
 
@@ -94,7 +95,8 @@ class AsyncEngine:
         self.config = config
         self.tokenizer = Tokenizer.from_folder(config.model)
         self.dead: EngineDead | None = None
-        self._outputs = OutputProcessor(self.tokenizer)
+        self._tracer = RequestTracer.of(config)
+        self._outputs = OutputProcessor(self.tokenizer, self._tracer)
         self._streams: dict[str, RequestStream] = {}
         self._answers: dict[int, asyncio.Future[m.Answer]] = {}
         self._numbers = itertools.count()
@@ -310,6 +312,8 @@ class AsyncEngine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
         self._socket.close(linger=0)
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -31,6 +31,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     async_scheduling: bool = True
     speculative_config: SpeculativeConfig | None = None  # drafts; steps are then planned one at a time
     probe_tolerance: float | None = None  # nats; None: by dtype
+    otlp_traces_endpoint: str | None = None  # an OpenTelemetry collector's, for a span a request
 
     def __post_init__(self) -> None:
         self._at_least("max_num_seqs", 1)

@@ -10,6 +10,7 @@ from servekit.core.plan import TokenLogprob
 from servekit.core.request import RequestEvent, RequestUpdate
 from servekit.engine.detokenizer import Detokenizer, StopStrings
 from servekit.engine.tokenizer import Tokenizer
+from servekit.engine.tracing import RequestTracer
 from servekit.engine.validate import EngineRequest
 
 
@@ -166,6 +167,16 @@ class RequestTracker:
             self._pooled,
         )
 
+    def trace(self, tracer: RequestTracer) -> None:
+        """Tell ``tracer`` how the request went; answers that nobody waited for were aborted."""
+        tracer.ended(
+            self.request,
+            self._events,
+            num_output_tokens=sum(len(sequence.output.token_ids) for sequence in self.sequences),
+            num_cached_tokens=self._cached,
+            finish_reasons=[sequence.output.finish_reason or "abort" for sequence in self.sequences],
+        )
+
     def final(self) -> RequestOutput:
         """All answers, whole."""
         shown = self._best() if self._picks_best else self.sequences
@@ -175,8 +186,9 @@ class RequestTracker:
 class OutputProcessor:
     """The requests that somebody waits for."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, tracer: RequestTracer | None = None) -> None:
         self._tokenizer = tokenizer
+        self._tracer = tracer
         self.trackers: dict[str, RequestTracker] = {}
 
     def add(self, request: EngineRequest, prompt: str | None) -> RequestTracker:
@@ -184,11 +196,16 @@ class OutputProcessor:
         self.trackers[request.request_id] = tracker
         return tracker
 
+    def _trace(self, tracker: RequestTracker) -> None:
+        if self._tracer is not None:
+            tracker.trace(self._tracer)
+
     def forget(self, request_id: str) -> list[str]:
         """Nobody waits any more: the ids of the sequences that the core should end."""
         tracker = self.trackers.pop(request_id, None)
         if tracker is None:
             return []
+        self._trace(tracker)
         return [tracker.request.child_id(s.output.index) for s in tracker.sequences if s.output.finish_reason is None]
 
     def process(self, updates: Sequence[RequestUpdate]) -> tuple[list[RequestOutput], list[str]]:
@@ -206,4 +223,5 @@ class OutputProcessor:
                 shown.append(output)
             if tracker.finished:
                 del self.trackers[request_id]
+                self._trace(tracker)
         return shown, ended
