@@ -49,12 +49,18 @@ class FakeRunner:
         self.rows: dict[int, FakeRow] = {}
         self.memory: dict[tuple[int, int, int], bytes] = {}
         self.fail_slots: dict[str, str] = {}  # request id -> error at its next sample
+        self.tier: dict[int, list[bytes | None]] = {}
         self.most_rows = 0
         self.tokens_computed = 0
 
     def execute(self, plan: StepPlan) -> StepResult:
         for slot in plan.ends:
             del self.rows[slot]
+        for block, slot in plan.saves:
+            self.tier[slot] = [self.memory.get((0, block, offset)) for offset in range(self.block_size)]
+        for slot, block in plan.loads:
+            for offset, held in enumerate(self.tier[slot]):
+                self.memory[0, block, offset] = held
         for group, source, target in plan.copies:
             for offset in range(self.block_size):
                 if (group, source, offset) in self.memory:

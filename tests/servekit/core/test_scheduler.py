@@ -30,9 +30,13 @@ class Clock:
 class Harness:
     """A scheduler, a runner, and ``depth`` steps under way at a time."""
 
-    def __init__(self, *, depth: int = 1, groups=FULL, num_blocks=64, block_size=8, propose=0, cache=True, **config):
+    def __init__(
+        self, *, depth: int = 1, groups=FULL, num_blocks=64, block_size=8, propose=0, cache=True, offload=0, **config
+    ):
         self.clock = Clock()
-        self.cache = CacheConfig(num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=cache)
+        self.cache = CacheConfig(
+            num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=cache, num_offload_blocks=offload
+        )
         defaults: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "max_model_len": 256}
         self.config = SchedulerConfig(**(defaults | config))
         self.scheduler = Scheduler(self.config, self.cache, groups, clock=self.clock)
@@ -114,11 +118,13 @@ groups = st.sampled_from(
     cache=st.booleans(),
     propose=st.integers(0, 3),
     max_num_seqs=st.integers(1, 6),
+    offload=st.sampled_from([0, 2, 40]),
 )
 def test_every_request_gets_the_tokens_it_would_get_alone(
-    requests, groups, depth, num_blocks, budget, threshold, policy, cache, propose, max_num_seqs
+    requests, groups, depth, num_blocks, budget, threshold, policy, cache, propose, max_num_seqs, offload
 ):
     harness = Harness(
+        offload=offload,
         depth=depth,
         groups=groups,
         num_blocks=num_blocks,
@@ -158,7 +164,9 @@ actions = st.lists(
 @settings(max_examples=200, deadline=None)
 @given(actions=actions, depth=st.integers(1, 2), num_blocks=st.integers(11, 24))
 def test_whatever_happens_all_that_was_taken_comes_back(actions, depth, num_blocks):
-    harness = Harness(depth=depth, num_blocks=num_blocks, max_num_seqs=4, max_num_batched_tokens=16)
+    harness = Harness(
+        depth=depth, num_blocks=num_blocks, max_num_seqs=4, max_num_batched_tokens=16, offload=num_blocks % 3 * 5
+    )
     added: list[tuple[str, list[int], int]] = []
 
     def add(prompt: list[int], count: int, **more: Any) -> None:
@@ -200,6 +208,23 @@ def test_whatever_happens_all_that_was_taken_comes_back(actions, depth, num_bloc
         assert tokens == expected_output(prompt, count)[: len(tokens)]
         assert reason in ("length", "abort", "timeout", "error")
         assert reason != "length" or len(tokens) == count
+
+
+def test_a_prefix_that_was_evicted_comes_back_from_the_offload_tier():
+    harness = Harness(num_blocks=7, offload=20)
+    prompts = [[k] * 40 for k in range(3)]  # five blocks of eight each: the pool holds one request at a time
+    for turn in range(2):
+        for k, prompt in enumerate(prompts):
+            harness.add(f"{turn}{k}", prompt, 1)
+            harness.run()
+            assert harness.tokens(f"{turn}{k}") == expected_output(prompt, 1)
+    stats = harness.scheduler.stats()
+    assert stats.offload_hit_tokens == 3 * 32
+    assert harness.runner.tokens_computed == 3 * 40 + 3 * 8
+    harness.scheduler.reset_prefix_cache()
+    harness.add("anew", prompts[0], 1)
+    harness.run()
+    assert harness.scheduler.stats().offload_hit_tokens == stats.offload_hit_tokens
 
 
 def test_a_prefix_hit_saves_the_tokens_and_is_reported():

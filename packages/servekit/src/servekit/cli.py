@@ -34,6 +34,8 @@ ENGINE_HELP = {
     "max_model_len": "Longest context in tokens; unset: what the model was made for.",
     "block_size": "Tokens per KV block.",
     "kv_cache_memory_bytes": "Memory for keys and values; unset: 40 % of what is free, at most 4 GiB.",
+    "kv_offload_bytes": "Size of a second tier for prefixes that left the cache; 0: none.",
+    "kv_offload_folder": "Keep that tier on the disk of this folder; unset: in host memory.",
     "max_num_seqs": "Sequences computed together.",
     "max_num_batched_tokens": "Tokens a step computes at the most.",
     "long_prefill_token_threshold": "Longest prefill chunk of one request in a step; 0: no bound.",

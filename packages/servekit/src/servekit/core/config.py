@@ -17,12 +17,15 @@ class CacheConfig:
     num_blocks: int  # of one KV group, the null block included
     block_size: int = 16  # tokens per block
     enable_prefix_caching: bool = True
+    num_offload_blocks: int = 0  # evicted blocks that a second tier keeps; models with full attention only
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
             raise ConfigError("block_size", self.block_size, f"one of {BLOCK_SIZES}", flag="--block-size")
         if self.num_blocks < 2:
             raise ConfigError("num_blocks", self.num_blocks, "2 or more", flag="--kv-cache-memory-bytes")
+        if self.num_offload_blocks < 0:
+            raise ConfigError("num_offload_blocks", self.num_offload_blocks, "0 or more", flag="--kv-offload-bytes")
 
     @property
     def usable_blocks(self) -> int:

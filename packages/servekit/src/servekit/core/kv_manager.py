@@ -12,6 +12,7 @@ from typing import NamedTuple
 from servekit.core.block_pool import BlockPool
 from servekit.core.config import CacheConfig
 from servekit.core.facts import KVGroup
+from servekit.core.offload import OffloadTier
 from servekit.core.plan import NULL_BLOCK, BlockAppend
 from servekit.core.prefix_cache import Hasher, PrefixCache
 from servekit.core.request import Request
@@ -24,6 +25,7 @@ class Hit(NamedTuple):
     tables: list[list[int]]  # one a group, whole blocks
     partial: int = 0  # block of group 0 whose first tokens agree
     partial_tokens: int = 0
+    offloaded: tuple[bytes, ...] = ()  # keys of the blocks that follow, to be loaded from the offload tier
 
     def without_partial(self) -> Hit:
         return Hit(self.num_tokens - self.partial_tokens, self.tables)
@@ -37,6 +39,10 @@ class KVManager:
         self.groups = list(groups)
         self.caches = [PrefixCache() for _ in groups]
         self.pools = [BlockPool(cache.num_blocks, on_evict=known.remove) for known in self.caches]
+        self.tier: OffloadTier | None = None
+        if cache.num_offload_blocks and len(groups) == 1 and groups[0].kind == "full":
+            self.tier = OffloadTier(cache.num_offload_blocks)
+            self.pools[0] = BlockPool(cache.num_blocks, on_evict=self._evict)
         self._hasher = Hasher(cache.block_size)
         self._only_full = all(group.kind == "full" for group in groups)
         self.shares_prefixes = cache.enable_prefix_caching and all(group.kind != "linear" for group in groups)
@@ -76,11 +82,27 @@ class KVManager:
         hit = Hit(num_blocks * self.block_size, tables)
         if not self._only_full or len(self.groups) > 1:
             return hit
+        offloaded = self._offloaded(keys[num_blocks + 1 :])
+        if offloaded:
+            return Hit(hit.num_tokens + len(offloaded) * self.block_size, tables, offloaded=offloaded)
         rest = request.token_ids[hit.num_tokens : min(usable, hit.num_tokens + self.block_size)]
         if any(hit.num_tokens <= position < hit.num_tokens + self.block_size for position, _ in request.media):
             return hit
         block, length = self.caches[0].find_partial(keys[num_blocks], rest)
         return Hit(hit.num_tokens + length, tables, block, length) if length else hit
+
+    def _offloaded(self, keys: list[bytes]) -> tuple[bytes, ...]:
+        """The first of ``keys``, as far as the offload tier has them."""
+        if self.tier is None:
+            return ()
+        length = next((i for i, key in enumerate(keys) if self.tier.find(key) is None), len(keys))
+        return tuple(keys[:length])
+
+    def _evict(self, block: int) -> None:
+        content = self.caches[0].content(block)
+        if self.tier is not None and content is not None:
+            self.tier.save(block, content)
+        self.caches[0].remove(block)
 
     def _longest_tables(self, keys: list[bytes]) -> list[list[int]]:
         length = len(keys) - 1
@@ -136,6 +158,9 @@ class KVManager:
         for table, pool in zip(hit.tables, self.pools, strict=True):
             for block in table:
                 pool.touch(block)
+        if hit.offloaded:
+            self._load(request, hit, num_tokens)
+            return []
         if not hit.partial_tokens:
             self._extend(request, num_tokens)
             return []
@@ -143,6 +168,19 @@ class KVManager:
         self._extend(request, num_tokens)
         self.pools[0].release([hit.partial])
         return [(0, hit.partial, request.tables[0][len(hit.tables[0])])]
+
+    def _load(self, request: Request, hit: Hit, num_tokens: int) -> None:
+        """Blocks for ``num_tokens``, the first of them filled from the offload tier and found by others from now on."""
+        if self.tier is None:
+            raise RuntimeError("a hit names offloaded blocks, but there is no offload tier")
+        contents = [self.tier.find(key) for key in hit.offloaded]
+        slots = self.tier.hold(list(hit.offloaded))
+        first = len(request.tables[0])
+        self._extend(request, num_tokens)
+        for slot, content, block in zip(slots, contents, request.tables[0][first:], strict=False):
+            self.tier.load(slot, block)
+            if content is not None and self.caches[0].add(block, content.parent, content.key, content.tokens):
+                self.pools[0].mark_cached(block)
 
     def grow(self, request: Request, num_tokens: int) -> list[BlockAppend] | None:
         """Blocks for ``num_tokens`` in all; None where they are short, and then nothing has changed."""
@@ -209,6 +247,8 @@ class KVManager:
     def forget_all(self) -> None:
         """Nothing computed before is found again, nor what running requests go on to compute."""
         self._hasher.forget_all()
+        if self.tier is not None:
+            self.tier.forget_all()
         for pool, cache in zip(self.pools, self.caches, strict=True):
             for block in cache.clear():
                 pool.forget(block)

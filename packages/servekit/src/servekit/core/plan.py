@@ -3,7 +3,8 @@
 Plain integers and lists: a plan can be printed, stored as JSON or msgpack, and replayed. The execution
 side keeps the state of each row (tokens, block table, position) and a plan carries what changes.
 
-The order in which a plan is applied: ``ends``, ``copies``, ``starts``, ``appends``, then ``slots`` are computed.
+The order in which a plan is applied: ``ends``, ``saves``, ``loads``, ``copies``, ``starts``, ``appends``, then
+``slots`` are computed.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     appends: list[BlockAppend] = []
     copies: list[tuple[int, int, int]] = []  # (group, from, to): copy-on-write of whole blocks
     drafts: dict[int, list[int]] = {}
+    saves: list[tuple[int, int]] = []  # (block, slot of the offload tier), of group 0
+    loads: list[tuple[int, int]] = []  # (slot of the offload tier, block)
 
     @property
     def total_tokens(self) -> int:

@@ -81,6 +81,9 @@ class PrefixCache:
                 best, best_length = block, length
         return best, best_length
 
+    def content(self, block: int) -> CachedBlock | None:
+        return self._known.get(block)
+
     def add(self, block: int, parent: bytes, key: bytes | None, tokens: Sequence[int]) -> bool:
         """Remember what ``block`` holds; False, and nothing changes, where another block holds the same."""
         if key is not None and key in self._block_of:

@@ -267,6 +267,7 @@ class Scheduler:
             request.happened("scheduled", self._clock())
             self._stats.prefix_queried_tokens += request.num_prompt
             self._stats.prefix_hit_tokens += hit.num_tokens
+            self._stats.offload_hit_tokens += len(hit.offloaded) * self.kv.block_size
         draft.copies.extend(copies)
         draft.starts.append(
             RowStart(
@@ -313,6 +314,7 @@ class Scheduler:
 
     def _seal(self, draft: Draft) -> StepPlan:
         ended, self._ended_slots = self._ended_slots, []
+        saves, loads = self.kv.tier.take_transfers() if self.kv.tier else ([], [])
         plan = StepPlan(
             step=next(self._steps),
             slots=[row.request.slot for row in draft.rows],
@@ -323,6 +325,8 @@ class Scheduler:
             appends=draft.appends,
             copies=draft.copies,
             drafts={row.request.slot: row.drafts for row in draft.rows if row.drafts},
+            saves=saves,
+            loads=loads,
         )
         if draft.rows:
             self._under_way[plan.step] = draft.rows

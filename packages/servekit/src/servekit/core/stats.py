@@ -17,6 +17,7 @@ class SchedulerStats(msgspec.Struct, kw_only=True):
     generated_tokens: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
+    offload_hit_tokens: int = 0  # of them loaded from the offload tier
     preemptions: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0

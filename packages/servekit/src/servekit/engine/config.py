@@ -24,6 +24,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     block_size: int = 16  # tokens per KV block
     kv_cache_memory_bytes: int | None = None  # None: 40 % of the free memory, at most 4 GiB
     enable_prefix_caching: bool = True
+    kv_offload_bytes: int = 0  # of a second tier for evicted prefixes, in host memory or
+    kv_offload_folder: str | None = None  # on this disk
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     long_prefill_token_threshold: int = 0
@@ -38,6 +40,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         self._at_least("max_num_batched_tokens", 1)
         self._at_least("long_prefill_token_threshold", 0)
         self._at_least("num_threads", 0)
+        self._at_least("kv_offload_bytes", 0)
         if self.max_model_len is not None:
             self._at_least("max_model_len", 2)
         if self.kv_cache_memory_bytes is not None:

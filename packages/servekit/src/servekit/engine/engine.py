@@ -45,6 +45,7 @@ class EngineCore:
             num_threads=config.num_threads,
             max_model_len=config.max_model_len or 0,
             speculative=config.speculative_config,
+            offload_folder=config.kv_offload_folder,
         )
         self.executor = InProcessExecutor(config.model, executor)
         self._prove(config)
@@ -96,8 +97,19 @@ class EngineCore:
             num_blocks=num_blocks + 1,
             block_size=config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
+            num_offload_blocks=self._num_offload_blocks(config, per_block),
         )
         return cache, min(wanted, room)
+
+    def _num_offload_blocks(self, config: EngineConfig, per_block: int) -> int:
+        kinds = [group.kind for group in self.executor.kv_groups]
+        if config.kv_offload_folder is None and config.kv_offload_bytes > available_memory():
+            limit = f"at most {available_memory()}, which is free; or name a --kv-offload-folder"
+            raise ConfigError("kv_offload_bytes", config.kv_offload_bytes, limit, flag="--kv-offload-bytes")
+        if config.kv_offload_bytes and kinds != ["full"]:
+            limit = "0 for a model whose layers do not all keep every token"
+            raise ConfigError("kv_offload_bytes", config.kv_offload_bytes, limit, flag="--kv-offload-bytes")
+        return config.kv_offload_bytes // per_block if config.enable_prefix_caching else 0
 
     def add(self, request: EngineRequest) -> None:
         """Queue all sequences of ``request``; those after the first share the prompt that the first computes.

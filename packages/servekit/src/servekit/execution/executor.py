@@ -37,6 +37,7 @@ class ExecutorConfig:
     num_threads: int = 0  # of the matrix products; 0: torch's choice
     max_model_len: int = 0  # 0: what the model was made for
     speculative: SpeculativeConfig | None = None
+    offload_folder: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
@@ -140,7 +141,16 @@ class InProcessExecutor:
         """
         if self._proposer:
             self._proposer.bind(cache, scheduler.max_num_seqs, self.dtype, self.device)
-        self._runner = ModelRunner(self.model, cache, scheduler, self.dtype, self.device, grammar_of, self._proposer)
+        self._runner = ModelRunner(
+            self.model,
+            cache,
+            scheduler,
+            self.dtype,
+            self.device,
+            grammar_of,
+            self._proposer,
+            self._config.offload_folder,
+        )
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         """Carry ``plan`` out after those submitted before."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.plan import RowStart, StepPlan, StepResult, TokenLogprob
 from servekit.execution.input_batch import InputBatch, StepArrays
+from servekit.execution.offload import OffloadStore
 from servekit.execution.pooling import Pool
 from servekit.execution.proposer import Proposer
 from servekit.execution.sampler import Grammar, Sampler
@@ -36,7 +37,8 @@ class ModelRunner:
         scheduler: how many rows, of what length.
         kv_dtype: of keys and values.
         grammar_of: makes the state of a structured output.
-        proposer: drafts the tokens of the next step.
+        proposer: drafts the tokens of the next step; its cache is bound.
+        offload_folder: of the offload tier; None keeps it in host memory.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class ModelRunner:
         device: torch.device,
         grammar_of: GrammarOf | None = None,
         proposer: Proposer | None = None,
+        offload_folder: str | None = None,
     ) -> None:
         self.model = model
         self._proposer = proposer
@@ -61,6 +64,10 @@ class ModelRunner:
         self._pools: dict[int, Pool] = {}
         for attention in model.attentions:
             attention.bind(cache.num_blocks, cache.block_size, kv_dtype, device)
+        self._offload: OffloadStore | None = None
+        if cache.num_offload_blocks:
+            attentions = [*model.attentions, *(proposer.attentions if proposer else [])]
+            self._offload = OffloadStore(attentions, cache.num_offload_blocks, offload_folder)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -84,6 +91,8 @@ class ModelRunner:
             self.sampler.remove_row(slot)
             self._prompt_logprobs.pop(slot, None)
             self._pools.pop(slot, None)
+        if self._offload:
+            self._offload.move(plan.saves, plan.loads)
         self._copy(plan.copies)
         if self._proposer:
             self._proposer.copy(plan.copies)
