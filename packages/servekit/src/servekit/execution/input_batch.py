@@ -70,6 +70,13 @@ class InputBatch:
         self.token_ids[slot, first : first + len(token_ids)] = token_ids
         self.num_tokens[slot] = first + len(token_ids)
 
+    def add_sampled(self, slots: np.ndarray, token_ids: np.ndarray) -> None:
+        """One new token for each of ``slots``; all before it is computed."""
+        ends = self.num_tokens[slots]
+        self.token_ids[slots, ends] = token_ids
+        self.num_computed[slots] = ends
+        self.num_tokens[slots] = ends + 1
+
     def replace_end(self, slot: int, num_drafts: int, token_ids: list[int]) -> None:
         """The row's drafts give way to what was sampled; all of it but the last token is computed."""
         self.num_tokens[slot] -= num_drafts
@@ -85,17 +92,26 @@ class InputBatch:
 
     def inputs(self, step: StepArrays) -> StepInputs:
         """What the model reads for the tokens of ``step``."""
-        row_of = np.repeat(np.arange(len(step.slots)), step.counts)
-        firsts = step.lasts + 1 - step.counts
-        positions = np.arange(len(row_of)) - firsts[row_of] + step.starts[row_of]
-        token_ids = self.token_ids[step.slots[row_of], positions]
+        longest = -(-int((step.starts + step.counts).max()) // self.block_size)
         attention = [
-            build_metadata(table[step.slots], step.starts, step.counts, self.block_size, group.window, self.device)
+            build_metadata(
+                table[:, :longest][step.slots], step.starts, step.counts, self.block_size, group.window, self.device
+            )
             for group, table in zip(self.groups, self.tables, strict=True)
         ]
+        token_ids, positions = self._new_tokens(step)
         return StepInputs(
             torch.from_numpy(token_ids).to(self.device), torch.from_numpy(positions).to(self.device), attention
         )
+
+    def _new_tokens(self, step: StepArrays) -> tuple[np.ndarray, np.ndarray]:
+        """The ids and positions of the tokens of ``step``, row after row."""
+        if step.lasts[-1] + 1 == len(step.slots):  # one each
+            return self.token_ids[step.slots, step.starts], step.starts
+        row_of = np.repeat(np.arange(len(step.slots)), step.counts)
+        firsts = step.lasts + 1 - step.counts
+        positions = np.arange(len(row_of)) - firsts[row_of] + step.starts[row_of]
+        return self.token_ids[step.slots[row_of], positions], positions
 
     def following(self, step: StepArrays, row: int) -> np.ndarray:
         """The prompt tokens that stand after the tokens which ``row`` computes in ``step``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -121,13 +121,44 @@ class ModelRunner:
     def _sample(
         self, plan: StepPlan, step: StepArrays, hidden: Tensor, prompt_logprobs: dict[int, list[TokenLogprob]]
     ) -> StepResult:
-        rows = np.flatnonzero(plan.samples)
-        if not len(rows):
+        if not any(plan.samples):
             return StepResult(plan.step, [], prompt_logprobs=prompt_logprobs)
-        slots = step.slots[rows].tolist()
+        rows = slice(None) if all(plan.samples) else np.flatnonzero(plan.samples)
+        slots = step.slots[rows]
+        if plan.drafts:
+            return self._verify(plan, slots.tolist(), step.lasts[rows], hidden, prompt_logprobs)
+        logits = self._logits(step.lasts[rows], hidden)
+        output = self.sampler.sample(logits, slots.tolist())
+        self.batch.add_sampled(slots, np.maximum(output.token_ids, 0))
+        return StepResult(
+            plan.step,
+            [[token] if token >= 0 else [] for token in output.token_ids],
+            logprobs={slot: [entry] for slot, entry in output.logprobs.items()},
+            prompt_logprobs=prompt_logprobs,
+            errors=output.errors,
+            proposals=self._proposals(slots, output.errors),
+        )
+
+    def _logits(self, places: NDArray[np.int64], hidden: Tensor) -> Tensor:
+        if len(places) == len(hidden):
+            return self.model.logits(hidden)
+        return self.model.logits(hidden.index_select(0, torch.from_numpy(places).to(self.device)))
+
+    def _verify(
+        self,
+        plan: StepPlan,
+        slots: list[int],
+        lasts: NDArray[np.int64],
+        hidden: Tensor,
+        prompt_logprobs: dict[int, list[TokenLogprob]],
+    ) -> StepResult:
+        """As ``_sample``, with logits at each row's last token and at the drafts before it."""
         drafts = [plan.drafts.get(slot, []) for slot in slots]
-        logits, firsts = self._logits(step.lasts[rows], [len(row) for row in drafts], hidden)
-        tokens, logprobs, errors = self._verified(logits, firsts, slots, drafts)
+        counts = np.asarray([len(row) + 1 for row in drafts])
+        firsts = np.cumsum(counts) - counts
+        places = np.repeat(lasts + 1 - counts - firsts, counts) + np.arange(counts.sum())
+        logits = self._logits(places, hidden)
+        tokens, logprobs, errors = self._verified(logits, firsts.tolist(), slots, drafts)
         for slot, row, new in zip(slots, drafts, tokens, strict=True):
             self.batch.replace_end(slot, len(row), new or [0])
         return StepResult(
@@ -136,20 +167,8 @@ class ModelRunner:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             errors=errors,
-            proposals=self._proposals([slot for slot in slots if slot not in errors]),
+            proposals=self._proposals(slots, errors),
         )
-
-    def _logits(self, lasts: NDArray[np.int64], num_drafts: list[int], hidden: Tensor) -> tuple[Tensor, list[int]]:
-        """Logits at each row's last token and at its drafts before it; where each row's begin."""
-        counts = np.asarray(num_drafts) + 1
-        ends = np.cumsum(counts)
-        if len(lasts) == len(hidden):
-            return self.model.logits(hidden), (ends - counts).tolist()
-        within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-        places = np.repeat(lasts + 1 - counts, counts) + within
-        return self.model.logits(hidden.index_select(0, torch.from_numpy(places).to(self.device))), (
-            ends - counts
-        ).tolist()
 
     def _verified(
         self, logits: Tensor, firsts: list[int], slots: list[int], drafts: list[list[int]]
@@ -178,11 +197,14 @@ class ModelRunner:
             active, position = going_on, position + 1
         return tokens, logprobs, errors
 
-    def _proposals(self, slots: list[int]) -> dict[int, list[int]]:
+    def _proposals(self, slots: Sequence[int] | NDArray[np.int64], errors: dict[int, str]) -> dict[int, list[int]]:
         """What a grammar forces comes first (jump-ahead: Zheng et al., "SGLang", 2024), then what is likely."""
-        found = {slot: self.sampler.forced(slot)[:MAX_FORCED] for slot in slots}
+        if not self._proposer and not self.sampler.has_grammars:
+            return {}
+        going_on = [int(slot) for slot in slots if slot not in errors]
+        found = {slot: self.sampler.forced(slot)[:MAX_FORCED] for slot in going_on}
         if self._proposer:
-            free = [slot for slot in slots if not found[slot]]
+            free = [slot for slot in going_on if not found[slot]]
             found |= dict(zip(free, self._proposer.propose(self.batch, free), strict=True))
         return {slot: drafts for slot, drafts in found.items() if drafts}
 

@@ -62,6 +62,12 @@ class SamplerRow:
     failure: str = ""  # why no token can be sampled for it
 
     @property
+    def is_special(self) -> bool:
+        """Whether anything but the most likely token is ever asked for, or what came before matters."""
+        p = self.params
+        return bool(self.edits or self.counts is not None or p.logprobs is not None or not p.is_greedy)
+
+    @property
     def edits(self) -> bool:
         """Whether its logits need work that is done row by row."""
         p = self.params
@@ -83,6 +89,8 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self._rows: dict[int, SamplerRow] = {}
+        self._special: set[int] = set()  # slots that want more than their most likely token
+        self._grammars: set[int] = set()
         self._columns = {
             name: np.full(max_num_seqs, neutral, np.float32)
             for name, neutral in (
@@ -133,9 +141,19 @@ class Sampler:
         if grammar is not None and not grammar.accept(row.output_ids):
             row.failure = "the grammar does not allow what was generated before"
         self._rows[slot] = row
+        if row.is_special:
+            self._special.add(slot)
+        if grammar is not None:
+            self._grammars.add(slot)
 
     def remove_row(self, slot: int) -> None:
         del self._rows[slot]
+        self._special.discard(slot)
+        self._grammars.discard(slot)
+
+    @property
+    def has_grammars(self) -> bool:
+        return bool(self._grammars)
 
     def forced(self, slot: int) -> list[int]:
         """The tokens that the grammar of ``slot`` leaves no choice about; empty without one."""
@@ -148,6 +166,13 @@ class Sampler:
         Args:
             logits: ``[len(slots), vocab]`` float32, as the model made them; not changed.
         """
+        if not self._special:
+            highest, greedy = logits.max(dim=-1)
+            if bool(torch.isfinite(highest).all()):
+                return SampleOutput(greedy.tolist())
+        return self._sample(logits, slots)
+
+    def _sample(self, logits: Tensor, slots: Sequence[int]) -> SampleOutput:
         rows = [self._rows[slot] for slot in slots]
         errors: dict[int, str] = {}
         raw = logits

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -24,15 +25,18 @@ class AttentionMetadata:
     """One KV group's view of a step.
 
     ``write_places``: ``[tokens]`` int64. ``decode_tokens``: ``[rows]`` int64 among the step's tokens, None when they
-    are all of them in order. ``decode_places``: ``[rows, longest context]`` int64, 0 where a row is shorter or its
-    window has passed; ``decode_mask``: the same shape, True where there is something; None when it is all True.
+    are all of them in order. ``decode_tables``: ``[rows, blocks of the longest context]`` int64, 0 where a row is short
+    or its window has passed; ``decode_mask``: ``[rows, blocks * block_size]`` bool, True where a token looks; None when
+    it is all True. ``decode_partial``: the blocks of which a row sees a part: row, column of the table, and
+    ``[blocks, block_size]`` True where it does not look, for there may be anything.
     """
 
     block_size: int
     write_places: Tensor
     decode_tokens: Tensor | None = None
-    decode_places: Tensor | None = None
+    decode_tables: Tensor | None = None
     decode_mask: Tensor | None = None
+    decode_partial: tuple[Tensor, Tensor, Tensor] | None = None
     chunks: list[Chunk] = field(default_factory=list)
 
 
@@ -48,6 +52,12 @@ def build_metadata(
         window: tokens that a token sees, itself included; 0 for all.
     """
     ends = starts + counts
+    if len(counts) == int(counts.sum()):
+        rows = np.arange(len(counts))
+        write = tables[rows, starts // block_size].astype(np.int64) * block_size + starts % block_size
+        metadata = AttentionMetadata(block_size, torch.from_numpy(write).to(device))
+        _add_decodes(metadata, tables, ends, window, device)
+        return metadata
     firsts = np.concatenate(([0], np.cumsum(counts)))
     row_of = np.repeat(np.arange(len(counts)), counts)
     positions = np.arange(firsts[-1]) - firsts[row_of] + starts[row_of]
@@ -56,8 +66,7 @@ def build_metadata(
     decodes = np.flatnonzero(counts == 1)
     if len(decodes):
         _add_decodes(metadata, tables[decodes], ends[decodes], window, device)
-        if len(decodes) < len(counts):
-            metadata.decode_tokens = torch.from_numpy(firsts[decodes]).to(device)
+        metadata.decode_tokens = torch.from_numpy(firsts[decodes]).to(device)
     for row in np.flatnonzero(counts > 1):
         places = _places(tables[row : row + 1], int(ends[row]), block_size)[0]
         mask = _chunk_mask(int(starts[row]), int(ends[row]), window)
@@ -83,16 +92,25 @@ def _places(tables: np.ndarray, context: int, block_size: int) -> np.ndarray:
 def _add_decodes(
     metadata: AttentionMetadata, tables: np.ndarray, ends: np.ndarray, window: int, device: torch.device
 ) -> None:
-    longest = int(ends.max())
-    places = _places(tables, longest, metadata.block_size)
-    columns = np.arange(longest)
-    seen = columns < ends[:, None]
+    size = metadata.block_size
+    num_blocks = -(-int(ends.max()) // size)
+    positions = np.arange(num_blocks * size)
+    seen = positions < ends[:, None]
+    blocks, lasts = np.arange(num_blocks), (ends - 1) // size
+    used = blocks <= lasts[:, None]
+    partial: NDArray[np.bool_] = (blocks == lasts[:, None]) & (ends % size > 0)[:, None]
     if window:
-        seen &= columns >= ends[:, None] - window
-    if not seen.all():
-        metadata.decode_mask = torch.from_numpy(seen).to(device)
-        places = np.where(seen, places, 0)
-    metadata.decode_places = torch.from_numpy(np.ascontiguousarray(places)).to(device)
+        seen &= positions >= ends[:, None] - window
+        of_block = seen.reshape(len(ends), num_blocks, size)
+        used, partial = of_block.any(axis=2), of_block.any(axis=2) & ~of_block.all(axis=2)
+    metadata.decode_tables = torch.from_numpy(np.where(used, tables[:, :num_blocks], 0).astype(np.int64)).to(device)
+    if seen.all():
+        return
+    metadata.decode_mask = torch.from_numpy(seen).to(device)
+    row, column = np.nonzero(partial)
+    unseen = ~seen.reshape(len(ends), num_blocks, size)[row, column]
+    parts = (torch.from_numpy(part).to(device) for part in (row, column, unseen))
+    metadata.decode_partial = (next(parts), next(parts), next(parts))
 
 
 def _chunk_mask(start: int, end: int, window: int) -> np.ndarray | None:

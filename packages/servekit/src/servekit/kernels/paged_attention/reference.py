@@ -23,11 +23,13 @@ def paged_attention(
         ``[tokens, heads, head_dim]`` in the dtype of ``query``.
     """
     out = torch.empty_like(query)
-    if metadata.decode_places is not None:
-        tokens = metadata.decode_tokens if metadata.decode_tokens is not None else range(len(metadata.decode_places))
+    if metadata.decode_tables is not None:
+        tokens = metadata.decode_tokens if metadata.decode_tokens is not None else range(len(metadata.decode_tables))
+        offsets = torch.arange(metadata.block_size, device=query.device)
         for row, token in enumerate(tokens):
             mask = metadata.decode_mask[row] if metadata.decode_mask is not None else None
-            out[token] = _one(query[token], cache, metadata.decode_places[row], mask, scale, soft_cap)
+            places = (metadata.decode_tables[row, :, None] * metadata.block_size + offsets).flatten()
+            out[token] = _one(query[token], cache, places, mask, scale, soft_cap)
     for chunk in metadata.chunks:
         for index in range(chunk.last - chunk.first):
             if chunk.mask is None:
