@@ -12,13 +12,14 @@ import os
 import subprocess
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
 from common import Report, arguments, interleaved, median
 from make_peers import PEERS, python_of
-
 from servekit import LLM, SamplingParams
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import KVGroup
@@ -40,10 +41,10 @@ class NullModel:
     """The model's part of a step, for nothing."""
 
     vocab_size = VOCABULARY
-    kv_groups = [KVGroup()]
-    attentions: list[Any] = []
 
     def __init__(self, most_tokens: int) -> None:
+        self.kv_groups = [KVGroup()]
+        self.attentions: list[Any] = []
         self._hidden = torch.zeros(most_tokens, HIDDEN)
         self._logits = torch.zeros(most_tokens, VOCABULARY)
 
@@ -82,7 +83,7 @@ class Core:
     def step(self) -> None:
         plan = self.scheduler.plan_step()
         self.scheduler.finish_step(plan, self.runner.execute(plan))
-        self.outputs.process(self.scheduler.take_updates())
+        self.outputs.process(self.scheduler.take_updates(), show=False)
 
 
 def microseconds_of_a_step(rows: int, steps: int) -> float:
@@ -195,7 +196,11 @@ class Vllm:
     """vLLM in a process of its own, asked line by line."""
 
     def __init__(self, python: Path, folder: Path) -> None:
-        variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        variables = {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
         self._process = subprocess.Popen(
             [str(python), "-c", PEER, str(folder), str(OUTPUT)],
             stdin=subprocess.PIPE,
@@ -240,7 +245,7 @@ def end_to_end(report: Report, rounds: int) -> None:
             for count in SEQUENCES:
                 for side in sides.values():
                     side.milliseconds_a_step(count)
-                calls = {name: lambda s=side: s.milliseconds_a_step(count) for name, side in sides.items()}
+                calls = {name: partial(side.milliseconds_a_step, count) for name, side in sides.items()}
                 found = {name: median(values) for name, values in interleaved(calls, rounds).items()}
                 for name, value in found.items():
                     report.figure(f"{name}_{count}_sequences_ms_a_step", value)

@@ -221,7 +221,7 @@ class LLM:
                 self._core.add(request)
                 trackers.append(self._outputs.add(request, prompt if isinstance(prompt, str) else None))
             while self._core.has_work:
-                self._core.abort(self._outputs.process(self._core.step())[1])
+                self._core.abort(self._outputs.process(self._core.step(), show=False)[1])
         except BaseException:
             for request in requests:
                 self._outputs.forget(request.request_id)

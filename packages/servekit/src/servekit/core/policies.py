@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any, Protocol
 
 from servekit.core.request import Request
@@ -16,6 +17,8 @@ from servekit.core.request import Request
 
 class Policy(Protocol):
     """The order of waiting and running requests."""
+
+    counts_service: bool  # whether ``served`` is to be called
 
     def rank(self, request: Request) -> Any:
         """Sorts ascending: the first runs first."""
@@ -36,6 +39,8 @@ class Policy(Protocol):
 
 class _Heap:
     """A queue by a fixed key. Requests that left it stay in the heap until they come to the top."""
+
+    counts_service = False
 
     def __init__(self) -> None:
         self._heap: list[tuple[Any, int, Request]] = []
@@ -80,6 +85,9 @@ class _Heap:
 class Fcfs(_Heap):
     """First come, first served; a preempted request comes back to its old place."""
 
+    def in_order(self, running: list[Request]) -> list[Request]:
+        return sorted(running, key=attrgetter("order"))
+
 
 class ByPriority(_Heap):
     """Lower ``priority`` first, then first come, first served."""
@@ -94,6 +102,8 @@ class Fair:
     A tenant that comes back from a pause starts level with the least served active one, so that it can neither
     hoard its pause nor starve: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024 (VTC).
     """
+
+    counts_service = True
 
     def __init__(self) -> None:
         self._queues: dict[str, deque[Request]] = {}

@@ -59,19 +59,19 @@ class RequestEvent(msgspec.Struct, frozen=True, array_like=True):
     at: float
 
 
-class RequestUpdate(msgspec.Struct, frozen=True, array_like=True):
-    """What is new about a request since its last update."""
+class RequestUpdate(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What is new about a request since its last update; of most only the id and the tokens."""
 
     request_id: str
-    token_ids: list[int] = []
-    logprobs: list[TokenLogprob] = []  # one a token, where asked for
-    prompt_logprobs: list[TokenLogprob] = []  # all but the first prompt token, once the prompt is computed
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprob] = ()  # one a token, where asked for
+    prompt_logprobs: Sequence[TokenLogprob] = ()  # all but the first prompt token, once the prompt is computed
     finish_reason: str | None = None
     stop_reason: int | None = None  # the stop token that ended it, where it was not the model's own
     error: str | None = None
-    pooled: list[Any] = []  # of the prompt's hidden states, where asked for: one vector, or one a token
+    pooled: Sequence[Any] = ()  # of the prompt's hidden states, where asked for: one vector, or one a token
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
-    events: list[RequestEvent] = []
+    events: Sequence[RequestEvent] = ()
 
 
 class Request:

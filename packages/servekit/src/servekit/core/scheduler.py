@@ -24,16 +24,9 @@ from servekit.core.request import HELD, FinishReason, Request, RequestState, Req
 from servekit.core.stats import SchedulerStats
 from servekit.core.stop import check_stop
 
-
-@dataclass(slots=True)
-class Row:
-    """A request's part in one step."""
-
-    request: Request
-    start: int
-    num_tokens: int
-    samples: bool
-    drafts: list[int]
+Row = tuple[Request, int, int, bool, list[int]]  # first token in this step, how many, whether it samples, drafts
+NO_DRAFTS: list[int] = []
+RUNNING = RequestState.RUNNING
 
 
 @dataclass(slots=True)
@@ -71,6 +64,8 @@ class Scheduler:
         self.requests: dict[str, Request] = {}
         self.running: list[Request] = []
         self._policy: Policy = POLICIES[config.policy]()
+        self._served = self._policy.served if self._policy.counts_service else None
+        self._keeps_all = all(group.kind == "full" for group in groups)
         self._clock = clock
         self._numbers = itertools.count()
         self._steps = itertools.count()
@@ -194,6 +189,8 @@ class Scheduler:
         while index < len(order) and draft.tokens_left:
             request = order[index]
             index += 1
+            if self._plan_decode(request, draft):
+                continue
             if self._has_all_its_tokens(request) or request.num_uncomputed == 0:
                 continue
             drafts = self._drafts_of(request, draft)
@@ -203,6 +200,24 @@ class Scheduler:
                 return
             draft.appends.extend(appends)
             self._plan_row(draft, request, num_tokens, drafts)
+
+    def _plan_decode(self, request: Request, draft: Draft) -> bool:
+        """The common case in few words: one more token, into blocks that are there."""
+        computed, known = request.num_computed, request.num_known
+        if known - computed != 1 or request.drafts or known >= request.max_total or not self._keeps_all:
+            return False
+        size = self.kv.block_size
+        for table in request.tables:
+            if computed >= len(table) * size:
+                return False
+        draft.rows.append((request, computed, 1, True, NO_DRAFTS))
+        draft.tokens_left -= 1
+        request.num_computed = known
+        request.num_known = known + 1
+        request.steps_under_way += 1
+        if self._served:
+            self._served(request, 1)
+        return True
 
     def _grow(self, request: Request, num_tokens: int, order: list[Request], draft: Draft) -> list[BlockAppend] | None:
         """Blocks for the next ``num_tokens``; who comes last gives way, None where that is ``request`` itself."""
@@ -287,12 +302,13 @@ class Scheduler:
     def _plan_row(self, draft: Draft, request: Request, num_tokens: int, drafts: list[int]) -> None:
         start = request.num_computed
         samples = start + num_tokens - len(drafts) == request.num_known and request.num_known < request.max_total
-        draft.rows.append(Row(request, start, num_tokens, samples, drafts))
+        draft.rows.append((request, start, num_tokens, samples, drafts))
         draft.tokens_left -= num_tokens
         request.num_computed += num_tokens
         request.num_known += samples
         request.steps_under_way += 1
-        self._policy.served(request, num_tokens)
+        if self._served:
+            self._served(request, num_tokens)
 
     def _preempt(self, request: Request, draft: Draft) -> None:
         """Take slot and blocks back; what it had is computed again later, as far as it is not cached."""
@@ -317,21 +333,21 @@ class Scheduler:
         saves, loads = self.kv.tier.take_transfers() if self.kv.tier else ([], [])
         plan = StepPlan(
             step=next(self._steps),
-            slots=[row.request.slot for row in draft.rows],
-            num_tokens=[row.num_tokens for row in draft.rows],
-            samples=[row.samples for row in draft.rows],
+            slots=[row[0].slot for row in draft.rows],
+            num_tokens=[row[2] for row in draft.rows],
+            samples=[row[3] for row in draft.rows],
             starts=draft.starts,
             ends=ended,
             appends=draft.appends,
             copies=draft.copies,
-            drafts={row.request.slot: row.drafts for row in draft.rows if row.drafts},
+            drafts={row[0].slot: row[4] for row in draft.rows if row[4]},
             saves=saves,
             loads=loads,
         )
         if draft.rows:
             self._under_way[plan.step] = draft.rows
             self._stats.steps += 1
-            self._stats.computed_tokens += plan.total_tokens
+            self._stats.computed_tokens += self.config.max_num_batched_tokens - draft.tokens_left
         return plan
 
     # --- its result ---
@@ -340,46 +356,63 @@ class Scheduler:
         """Take in what the step ``plan`` computed. Results of requests that have gone meanwhile are dropped."""
         rows = self._under_way.pop(plan.step, [])
         tokens = iter(result.tokens)
+        is_plain = not (result.errors or result.logprobs or result.prompt_logprobs or result.proposals or result.pooled)
         for slot, row in zip(plan.slots, rows, strict=True):
-            new = next(tokens) if row.samples else []
-            row.request.steps_under_way -= 1
-            if row.request.is_finished:
+            new = next(tokens) if row[3] else []
+            request = row[0]
+            request.steps_under_way -= 1
+            if is_plain and self._take_decoded(row, new):
+                continue
+            if request.is_finished:
                 continue
             if slot in result.errors:
-                self._finish(row.request, FinishReason.ERROR, error=result.errors[slot])
+                self._finish(request, FinishReason.ERROR, error=result.errors[slot])
                 continue
             self._confirm(row, len(new))
             self._collect_prompt_logprobs(row, result.prompt_logprobs.get(slot, []))
-            row.request.drafts = list(result.proposals.get(slot, []))
-            row.request.pooled = result.pooled.get(slot, [])
+            request.drafts = list(result.proposals.get(slot, []))
+            request.pooled = result.pooled.get(slot, [])
             self._advance(row, new, result.logprobs.get(slot, []))
+
+    def _take_decoded(self, row: Row, new: list[int]) -> bool:
+        """The common case in few words: one more token, not the first and not the last, that fills no block."""
+        request, start, num_tokens, samples, drafts = row
+        if not samples or drafts or num_tokens > 1 or request.state is not RUNNING or start < request.num_prompt:
+            return False
+        token, ids = new[0], request.token_ids
+        if token in request.stop_ids or len(ids) + 1 >= request.max_total or not (start + 1) % self.kv.block_size:
+            return False
+        request.num_confirmed = start + 1
+        ids.append(token)
+        self._stats.generated_tokens += 1
+        self._outbox.append(RequestUpdate(request.id, new))
+        return True
 
     def _confirm(self, row: Row, num_new: int) -> None:
         """The step's tokens are computed; rejected drafts are taken back."""
-        request = row.request
-        if row.drafts:
-            rejected = len(row.drafts) + 1 - num_new
+        request, start, num_tokens, _, drafts = row
+        rejected = len(drafts) + 1 - num_new if drafts else 0
+        if drafts:
             request.num_computed -= rejected
             request.num_known += num_new - 1
-            self._stats.drafted_tokens += len(row.drafts)
+            self._stats.drafted_tokens += len(drafts)
             self._stats.accepted_tokens += num_new - 1
-        if request.state is not RequestState.RUNNING:
+        if request.state is not RUNNING:
             return
         before = request.num_confirmed
-        computed = row.start + row.num_tokens - (len(row.drafts) + 1 - num_new if row.drafts else 0)
-        request.num_confirmed = min(computed, request.num_tokens)
+        request.num_confirmed = min(start + num_tokens - rejected, request.num_tokens)
         self.kv.share_computed(request, before)
         if before < request.num_prompt <= request.num_confirmed:
             self._release_siblings(request.id)
 
     def _collect_prompt_logprobs(self, row: Row, logprobs: list[TokenLogprob]) -> None:
-        request = row.request
+        request = row[0]
         wanted = request.wants_prompt_logprobs and request.num_output == 0  # sent with the first token
-        if wanted and len(request.prompt_logprobs) == row.start:
+        if wanted and len(request.prompt_logprobs) == row[1]:
             request.prompt_logprobs.extend(logprobs)
 
     def _advance(self, row: Row, new: list[int], logprobs: list[TokenLogprob]) -> None:
-        request, kept, ended = row.request, 0, None
+        request, kept, ended = row[0], 0, None
         first = bool(new) and request.num_output == 0
         if first:
             request.happened("first_token", self._clock())
@@ -389,7 +422,7 @@ class Scheduler:
             ended = check_stop(request)
             if ended:
                 break
-        if not row.samples and request.max_total == request.num_prompt == request.num_confirmed:
+        if not row[3] and request.max_total == request.num_prompt == request.num_confirmed:
             ended = (FinishReason.LENGTH, None)  # only the prompt was asked for
         self._stats.generated_tokens += kept
         if kept or ended:

@@ -285,7 +285,7 @@ class AsyncEngine:
         for stream in self._streams.values():
             stream.put(self.dead)
         self._streams.clear()
-        self._outputs.trackers.clear()
+        self._outputs.clear()
         for future in self._answers.values():
             if not future.done():
                 future.set_exception(self.dead)

@@ -61,10 +61,15 @@ class _Sequence:
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._stop = StopStrings(params.stop, include=params.include_stop_str_in_output)
         self._pieces: list[str] = []
+        self._only_tokens = not params.detokenize and not wanted
 
     def add(self, update: RequestUpdate) -> bool:
         """Take in new tokens; True where a stop string ends the answer before the core did."""
         output = self.output
+        if self._only_tokens and update.finish_reason is None:
+            output.token_ids += update.token_ids
+            output.delta_token_ids = list(update.token_ids)
+            return False
         output.delta_text, output.delta_token_ids, output.delta_logprobs = "", [], []
         for index, token in enumerate(update.token_ids):
             self._add_token(token, update.logprobs[index] if update.logprobs else None)
@@ -131,21 +136,22 @@ class RequestTracker:
     def _picks_best(self) -> bool:
         return self.request.num_sequences > self.request.sampling.n
 
-    def add(self, index: int, update: RequestUpdate) -> tuple[RequestOutput | None, bool]:
-        """Take in one sequence's news: what to show, if anything, and whether the core must end that sequence."""
-        sequence = self.sequences[index]
-        if sequence.output.finish_reason is not None:  # it went on for a step after a stop string
-            return None, False
+    def add(self, sequence: _Sequence, update: RequestUpdate) -> bool:
+        """Take in one sequence's news; True where the core must end that sequence."""
         if update.prompt_logprobs:
-            self._prompt_logprobs = update.prompt_logprobs
-        self._cached = max(self._cached, update.num_cached_tokens)
-        self._events += update.events
-        self._pooled = update.pooled or self._pooled
-        stopped = sequence.add(update)
-        if self._picks_best and not self.finished:
-            return None, stopped
-        shown = self._best() if self._picks_best else [sequence]
-        return self._output([s.snapshot() for s in shown]), stopped
+            self._prompt_logprobs = list(update.prompt_logprobs)
+        if update.events:
+            self._cached = max(self._cached, update.num_cached_tokens)
+            self._events += update.events
+        if update.pooled:
+            self._pooled = list(update.pooled)
+        return sequence.add(update)
+
+    def shown(self, sequence: _Sequence) -> RequestOutput | None:
+        """What a caller sees after news of ``sequence``; nothing before the end where the best are picked."""
+        if not self._picks_best:
+            return self._output([sequence.snapshot()])
+        return self._output([best.snapshot() for best in self._best()]) if self.finished else None
 
     def _best(self) -> Sequence[_Sequence]:
         ranked = sorted(self.sequences, key=lambda s: -s.output.mean_logprob)[: self.request.sampling.n]
@@ -190,10 +196,13 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._tracer = tracer
         self.trackers: dict[str, RequestTracker] = {}
+        self._sequences: dict[str, tuple[RequestTracker, _Sequence]] = {}  # by the core's ids, as long as they run
 
     def add(self, request: EngineRequest, prompt: str | None) -> RequestTracker:
         tracker = RequestTracker(request, prompt, self._tokenizer)
         self.trackers[request.request_id] = tracker
+        for index, sequence in enumerate(tracker.sequences):
+            self._sequences[request.child_id(index)] = (tracker, sequence)
         return tracker
 
     def _trace(self, tracker: RequestTracker) -> None:
@@ -206,22 +215,37 @@ class OutputProcessor:
         if tracker is None:
             return []
         self._trace(tracker)
-        return [tracker.request.child_id(s.output.index) for s in tracker.sequences if s.output.finish_reason is None]
+        children = [tracker.request.child_id(index) for index in range(len(tracker.sequences))]
+        return [child for child in children if self._sequences.pop(child, None)]
 
-    def process(self, updates: Sequence[RequestUpdate]) -> tuple[list[RequestOutput], list[str]]:
-        """What to show, and the ids of sequences that a stop string ended. News of forgotten requests are dropped."""
-        shown, ended = [], []
+    def clear(self) -> None:
+        """Nobody waits for anything any more."""
+        self.trackers.clear()
+        self._sequences.clear()
+
+    def process(self, updates: Sequence[RequestUpdate], *, show: bool = True) -> tuple[list[RequestOutput], list[str]]:
+        """What to show, and the ids of sequences that a stop string ended.
+
+        News of forgotten requests are dropped, and those of sequences that went on for a step after a stop string.
+
+        Args:
+            show: False where nobody looks before the end.
+        """
+        shown: list[RequestOutput] = []
+        ended: list[str] = []
         for update in updates:
-            request_id, _, index = update.request_id.rpartition("#")
-            tracker = self.trackers.get(request_id)
-            if tracker is None:
+            found = self._sequences.get(update.request_id)
+            if found is None:
                 continue
-            output, stopped = tracker.add(int(index), update)
-            if stopped:
+            tracker, sequence = found
+            if tracker.add(sequence, update):
                 ended.append(update.request_id)
+            output = tracker.shown(sequence) if show else None
             if output is not None:
                 shown.append(output)
-            if tracker.finished:
-                del self.trackers[request_id]
-                self._trace(tracker)
+            if sequence.output.finish_reason is not None:
+                del self._sequences[update.request_id]
+                if tracker.finished:
+                    del self.trackers[tracker.request.request_id]
+                    self._trace(tracker)
         return shown, ended

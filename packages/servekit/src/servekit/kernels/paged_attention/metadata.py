@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -97,12 +96,13 @@ def _add_decodes(
     positions = np.arange(num_blocks * size)
     seen = positions < ends[:, None]
     blocks, lasts = np.arange(num_blocks), (ends - 1) // size
-    used = blocks <= lasts[:, None]
-    partial: NDArray[np.bool_] = (blocks == lasts[:, None]) & (ends % size > 0)[:, None]
+    used = np.less_equal(blocks, lasts[:, None])
+    partial = np.logical_and(blocks == lasts[:, None], (ends % size > 0)[:, None])
     if window:
         seen &= positions >= ends[:, None] - window
         of_block = seen.reshape(len(ends), num_blocks, size)
-        used, partial = of_block.any(axis=2), of_block.any(axis=2) & ~of_block.all(axis=2)
+        used = np.any(of_block, axis=2)
+        partial = np.logical_and(used, ~np.all(of_block, axis=2))
     metadata.decode_tables = torch.from_numpy(np.where(used, tables[:, :num_blocks], 0).astype(np.int64)).to(device)
     if seen.all():
         return
