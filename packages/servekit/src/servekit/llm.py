@@ -17,6 +17,7 @@ from common_platform.errors import ConfigError, RequestError, ResourceError
 from servekit.core.plan import TokenLogprob
 from servekit.core.stats import SchedulerStats
 from servekit.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
+from servekit.engine.collector import fewer_collections
 from servekit.engine.config import EngineConfig
 from servekit.engine.engine import EngineCore
 from servekit.engine.grammars import GrammarDoor
@@ -220,8 +221,9 @@ class LLM:
             for request, prompt in zip(requests, prompts, strict=True):
                 self._core.add(request)
                 trackers.append(self._outputs.add(request, prompt if isinstance(prompt, str) else None))
-            while self._core.has_work:
-                self._core.abort(self._outputs.process(self._core.step(), show=False)[1])
+            with fewer_collections():
+                while self._core.has_work:
+                    self._core.abort(self._outputs.process(self._core.step(), show=False)[1])
         except BaseException:
             for request in requests:
                 self._outputs.forget(request.request_id)

@@ -78,7 +78,8 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """What a step computed.
 
     ``tokens`` has one entry for each slot with ``samples`` true, in the plan's order; more than one token where
-    drafts were accepted, none where the row is in ``errors``.
+    drafts were accepted, none where the row is in ``errors``. Where each of them has just one token and nothing else is
+    told, ``sampled`` has it and ``tokens`` is empty.
     """
 
     step: int
@@ -87,4 +88,5 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: dict[int, list[TokenLogprob]] = {}  # slot -> prompt positions computed in this step, from 1 on
     errors: dict[int, str] = {}  # slot -> why this row alone failed
     proposals: dict[int, list[int]] = {}  # slot -> drafts for its next step
+    sampled: list[int] = []
     pooled: dict[int, list[Any]] = {}  # slot -> a vector, or one a token, with the last token of its prompt

@@ -355,14 +355,14 @@ class Scheduler:
     def finish_step(self, plan: StepPlan, result: StepResult) -> None:
         """Take in what the step ``plan`` computed. Results of requests that have gone meanwhile are dropped."""
         rows = self._under_way.pop(plan.step, [])
+        if result.sampled:
+            self._take_sampled(rows, result.sampled)
+            return
         tokens = iter(result.tokens)
-        is_plain = not (result.errors or result.logprobs or result.prompt_logprobs or result.proposals or result.pooled)
         for slot, row in zip(plan.slots, rows, strict=True):
             new = next(tokens) if row[3] else []
             request = row[0]
             request.steps_under_way -= 1
-            if is_plain and self._take_decoded(row, new):
-                continue
             if request.is_finished:
                 continue
             if slot in result.errors:
@@ -374,18 +374,34 @@ class Scheduler:
             request.pooled = result.pooled.get(slot, [])
             self._advance(row, new, result.logprobs.get(slot, []))
 
-    def _take_decoded(self, row: Row, new: list[int]) -> bool:
+    def _take_sampled(self, rows: list[Row], sampled: list[int]) -> None:
+        """A step of which nothing is told but one token for each row that samples."""
+        tokens = iter(sampled)
+        for row in rows:
+            request = row[0]
+            request.steps_under_way -= 1
+            if not row[3]:
+                new = []
+            elif self._take_decoded(row, token := next(tokens)):
+                continue
+            else:
+                new = [token]
+            if not request.is_finished:
+                self._confirm(row, len(new))
+                self._advance(row, new, [])
+
+    def _take_decoded(self, row: Row, token: int) -> bool:
         """The common case in few words: one more token, not the first and not the last, that fills no block."""
-        request, start, num_tokens, samples, drafts = row
-        if not samples or drafts or num_tokens > 1 or request.state is not RUNNING or start < request.num_prompt:
+        request, start, num_tokens, _, drafts = row
+        if drafts or num_tokens > 1 or request.state is not RUNNING or start < request.num_prompt:
             return False
-        token, ids = new[0], request.token_ids
+        ids = request.token_ids
         if token in request.stop_ids or len(ids) + 1 >= request.max_total or not (start + 1) % self.kv.block_size:
             return False
         request.num_confirmed = start + 1
         ids.append(token)
         self._stats.generated_tokens += 1
-        self._outbox.append(RequestUpdate(request.id, new))
+        self._outbox.append(RequestUpdate(request.id, (token,)))
         return True
 
     def _confirm(self, row: Row, num_new: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import zmq
 
 from common_platform.errors import PlatformError, RequestError
 from servekit.engine import messages as m
+from servekit.engine.collector import fewer_collections
 from servekit.engine.engine import EngineCore
 
 IDLE_MS = 1000  # how often an idle engine looks whether its parent is alive
@@ -54,8 +56,11 @@ class EngineProcess:
             self._send(m.Failed(PlatformError(None, f"{type(error).__name__} while loading the model").to_dict()))
             raise
         self._send(m.Ready(core.facts, core.cache.num_blocks, core.cache.block_size))
+        gc.collect()
+        gc.freeze()  # the model and the modules are here to stay
         try:
-            self._serve(core)
+            with fewer_collections():
+                self._serve(core)
         finally:
             core.stop()
             self._socket.close()

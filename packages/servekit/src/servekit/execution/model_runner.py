@@ -84,7 +84,10 @@ class ModelRunner:
         pooled = self._pooled_of(step, hidden)
         self.batch.num_computed[step.slots] += step.counts
         result = self._sample(plan, step, hidden, prompt_logprobs)
-        return msgspec.structs.replace(result, pooled=pooled) if pooled else result
+        if pooled:
+            tokens = result.tokens or [[token] for token in result.sampled]
+            return msgspec.structs.replace(result, tokens=tokens, sampled=[], pooled=pooled)
+        return result
 
     def _apply(self, plan: StepPlan) -> None:
         for slot in plan.ends:
@@ -130,13 +133,16 @@ class ModelRunner:
         logits = self._logits(step.lasts[rows], hidden)
         output = self.sampler.sample(logits, slots.tolist())
         self.batch.add_sampled(slots, np.maximum(output.token_ids, 0))
+        proposals = self._proposals(slots, output.errors)
+        if not (output.errors or output.logprobs or prompt_logprobs or proposals):
+            return StepResult(plan.step, [], sampled=output.token_ids)
         return StepResult(
             plan.step,
             [[token] if token >= 0 else [] for token in output.token_ids],
             logprobs={slot: [entry] for slot, entry in output.logprobs.items()},
             prompt_logprobs=prompt_logprobs,
             errors=output.errors,
-            proposals=self._proposals(slots, output.errors),
+            proposals=proposals,
         )
 
     def _logits(self, places: NDArray[np.int64], hidden: Tensor) -> Tensor:
