@@ -43,6 +43,7 @@ class KVManager:
         if cache.num_offload_blocks and len(groups) == 1 and groups[0].kind == "full":
             self.tier = OffloadTier(cache.num_offload_blocks)
             self.pools[0] = BlockPool(cache.num_blocks, on_evict=self._evict)
+        self._each = list(zip(self.groups, self.pools, strict=True))
         self._hasher = Hasher(cache.block_size)
         self._only_full = all(group.kind == "full" for group in groups)
         self.shares_prefixes = cache.enable_prefix_caching and all(group.kind != "linear" for group in groups)
@@ -55,7 +56,7 @@ class KVManager:
 
     def can_ever_hold(self, num_tokens: int, chunk: int) -> bool:
         """Whether an empty pool holds a sequence of ``num_tokens``, computed ``chunk`` at a time."""
-        return all(self._most_held(group, num_tokens, chunk) < pool.num_blocks for group, pool in self._each())
+        return all(self._most_held(group, num_tokens, chunk) < pool.num_blocks for group, pool in self._each)
 
     def _most_held(self, group: KVGroup, num_tokens: int, chunk: int) -> int:
         whole = self.blocks_needed(group, num_tokens)
@@ -147,7 +148,7 @@ class KVManager:
         Returns:
             The copies to make, (group, from, to); None where blocks are short, and then nothing has changed.
         """
-        for (group, pool), table in zip(self._each(), hit.tables, strict=True):
+        for (group, pool), table in zip(self._each, hit.tables, strict=True):
             most = min(request.num_known + 1, request.max_total)
             new = self._most_held(group, most, num_tokens - hit.num_tokens) - len(table) + table.count(NULL_BLOCK)
             idle = sum(1 for block in table if block != NULL_BLOCK and pool.references(block) == 0)
@@ -184,15 +185,16 @@ class KVManager:
 
     def grow(self, request: Request, num_tokens: int) -> list[BlockAppend] | None:
         """Blocks for ``num_tokens`` in all; None where they are short, and then nothing has changed."""
-        self._drop_behind_windows(request)
-        for (group, pool), table in zip(self._each(), request.tables, strict=True):
+        if not self._only_full:
+            self._drop_behind_windows(request)
+        for (group, pool), table in zip(self._each, request.tables, strict=True):
             if self.blocks_needed(group, num_tokens) - len(table) > pool.num_free:
                 return None
         return self._extend(request, num_tokens)
 
     def _extend(self, request: Request, num_tokens: int) -> list[BlockAppend]:
         appends = []
-        for index, (group, pool) in enumerate(self._each()):
+        for index, (group, pool) in enumerate(self._each):
             count = self.blocks_needed(group, num_tokens) - len(request.tables[index])
             if count > 0:
                 blocks = pool.allocate(count)
@@ -201,7 +203,7 @@ class KVManager:
         return appends
 
     def _drop_behind_windows(self, request: Request) -> None:
-        for (group, pool), table in zip(self._each(), request.tables, strict=True):
+        for (group, pool), table in zip(self._each, request.tables, strict=True):
             first = self._first_needed(group, request.num_computed)
             index = first - 1
             while index >= 0 and table[index] != NULL_BLOCK:
@@ -252,6 +254,3 @@ class KVManager:
         for pool, cache in zip(self.pools, self.caches, strict=True):
             for block in cache.clear():
                 pool.forget(block)
-
-    def _each(self) -> list[tuple[KVGroup, BlockPool]]:
-        return list(zip(self.groups, self.pools, strict=True))

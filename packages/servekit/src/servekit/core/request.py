@@ -139,7 +139,7 @@ class Request:
         self.tables: list[list[int]] = []  # one block table a KV group
         self.hashes: list[bytes] = []  # root, then one a full block, as far as they were needed
         self.drafts: list[int] = []
-        self.steps_under_way = 0
+        self.decodes_until = 0  # known tokens up to which the scheduler has nothing but the next one to plan
         self.prompt_logprobs: list[TokenLogprob] = []
         self.pooled: list[Any] = []
 

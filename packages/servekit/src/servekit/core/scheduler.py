@@ -25,7 +25,6 @@ from servekit.core.stats import SchedulerStats
 from servekit.core.stop import check_stop
 
 Row = tuple[Request, int, int, bool, list[int]]  # first token in this step, how many, whether it samples, drafts
-NO_DRAFTS: list[int] = []
 RUNNING = RequestState.RUNNING
 
 
@@ -34,6 +33,7 @@ class Draft:
     """A step while it is being planned."""
 
     tokens_left: int
+    decodes: list[Request] = field(default_factory=list)  # they compute a token and sample one, nothing else
     rows: list[Row] = field(default_factory=list)
     starts: list[RowStart] = field(default_factory=list)
     appends: list[BlockAppend] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Scheduler:
         self._ended_slots: list[int] = []
         self._forks: dict[str, list[Request]] = {}  # parent's id -> requests that wait for its prompt
         self._deadlines: list[tuple[float, int, Request]] = []
-        self._under_way: dict[int, list[Row]] = {}
+        self._under_way: dict[int, tuple[list[Request], list[Row]]] = {}  # step -> its decodes and its other rows
         self._outbox: list[RequestUpdate] = []
         self._stats = SchedulerStats()
 
@@ -185,38 +185,29 @@ class Scheduler:
 
     def _continue_running(self, draft: Draft) -> None:
         order = self._policy.in_order(self.running)
-        index = 0
-        while index < len(order) and draft.tokens_left:
-            request = order[index]
-            index += 1
-            if self._plan_decode(request, draft):
-                continue
-            if self._has_all_its_tokens(request) or request.num_uncomputed == 0:
-                continue
-            drafts = self._drafts_of(request, draft)
-            num_tokens = min(request.num_uncomputed + len(drafts), self._chunk(draft))
-            appends = self._grow(request, num_tokens, order, draft)
-            if appends is None:
+        for request in order:  # it loses victims at its end meanwhile
+            if not draft.tokens_left:
                 return
-            draft.appends.extend(appends)
-            self._plan_row(draft, request, num_tokens, drafts)
+            known = request.num_known
+            if request.num_computed == known - 1 and known <= request.decodes_until:
+                request.num_computed = known  # the common case, most of a step's time: no call is made for it
+                request.num_known = known + 1
+                draft.decodes.append(request)
+                draft.tokens_left -= 1
+            elif not self._continue(request, order, draft):
+                return
 
-    def _plan_decode(self, request: Request, draft: Draft) -> bool:
-        """The common case in few words: one more token, into blocks that are there."""
-        computed, known = request.num_computed, request.num_known
-        if known - computed != 1 or request.drafts or known >= request.max_total or not self._keeps_all:
+    def _continue(self, request: Request, order: list[Request], draft: Draft) -> bool:
+        """Whatever ``request`` needs next; False where it had to give way."""
+        if self._has_all_its_tokens(request) or request.num_uncomputed == 0:
+            return True
+        drafts = self._drafts_of(request, draft)
+        num_tokens = min(request.num_uncomputed + len(drafts), self._chunk(draft))
+        appends = self._grow(request, num_tokens, order, draft)
+        if appends is None:
             return False
-        size = self.kv.block_size
-        for table in request.tables:
-            if computed >= len(table) * size:
-                return False
-        draft.rows.append((request, computed, 1, True, NO_DRAFTS))
-        draft.tokens_left -= 1
-        request.num_computed = known
-        request.num_known = known + 1
-        request.steps_under_way += 1
-        if self._served:
-            self._served(request, 1)
+        draft.appends.extend(appends)
+        self._plan_row(draft, request, num_tokens, drafts)
         return True
 
     def _grow(self, request: Request, num_tokens: int, order: list[Request], draft: Draft) -> list[BlockAppend] | None:
@@ -233,10 +224,17 @@ class Scheduler:
     def _admit_waiting(self, draft: Draft) -> None:
         while draft.tokens_left and self._free_slots:
             request = self._policy.peek()
-            if request is None or request.steps_under_way:  # preempted, and a token of it is still being computed
+            if request is None or self._is_under_way(request):
                 return
             if not self._admit(request, self._find_hit(request), draft):
                 return  # first come, first served: a short prompt does not overtake
+
+    def _is_under_way(self, request: Request) -> bool:
+        """Whether it was preempted, and a token of it is still being computed."""
+        if request.state is not RequestState.PREEMPTED:
+            return False
+        steps = self._under_way.values()
+        return any(request in decodes or any(row[0] is request for row in rows) for decodes, rows in steps)
 
     def _admit(self, request: Request, hit: Hit, draft: Draft) -> bool:
         num_tokens = min(request.num_known - hit.num_tokens, self._chunk(draft))
@@ -306,14 +304,22 @@ class Scheduler:
         draft.tokens_left -= num_tokens
         request.num_computed += num_tokens
         request.num_known += samples
-        request.steps_under_way += 1
+        request.decodes_until = self._decodes_until(request)
         if self._served:
             self._served(request, num_tokens)
+
+    def _decodes_until(self, request: Request) -> int:
+        """Up to how many known tokens nothing but the next one is to be planned: no block, no end, nobody to tell."""
+        if request.num_computed < request.num_prompt or not self._keeps_all or self._served:
+            return 0
+        room = min(len(table) for table in request.tables) * self.kv.block_size
+        return min(room, request.max_total - 1)
 
     def _preempt(self, request: Request, draft: Draft) -> None:
         """Take slot and blocks back; what it had is computed again later, as far as it is not cached."""
         self._leave_batch(request)
         request.num_computed = request.num_confirmed = 0
+        request.decodes_until = 0
         request.drafts = []
         request.move_to(RequestState.PREEMPTED)
         request.happened("preempted", self._clock())
@@ -333,9 +339,9 @@ class Scheduler:
         saves, loads = self.kv.tier.take_transfers() if self.kv.tier else ([], [])
         plan = StepPlan(
             step=next(self._steps),
-            slots=[row[0].slot for row in draft.rows],
-            num_tokens=[row[2] for row in draft.rows],
-            samples=[row[3] for row in draft.rows],
+            slots=[request.slot for request in draft.decodes] + [row[0].slot for row in draft.rows],
+            num_tokens=[1] * len(draft.decodes) + [row[2] for row in draft.rows],
+            samples=[True] * len(draft.decodes) + [row[3] for row in draft.rows],
             starts=draft.starts,
             ends=ended,
             appends=draft.appends,
@@ -344,8 +350,8 @@ class Scheduler:
             saves=saves,
             loads=loads,
         )
-        if draft.rows:
-            self._under_way[plan.step] = draft.rows
+        if plan.slots:
+            self._under_way[plan.step] = (draft.decodes, draft.rows)
             self._stats.steps += 1
             self._stats.computed_tokens += self.config.max_num_batched_tokens - draft.tokens_left
         return plan
@@ -354,15 +360,15 @@ class Scheduler:
 
     def finish_step(self, plan: StepPlan, result: StepResult) -> None:
         """Take in what the step ``plan`` computed. Results of requests that have gone meanwhile are dropped."""
-        rows = self._under_way.pop(plan.step, [])
+        decodes, rows = self._under_way.pop(plan.step, ([], []))
         if result.sampled:
-            self._take_sampled(rows, result.sampled)
+            self._take_decoded(decodes, result.sampled)
+            self._take_sampled(rows, result.sampled[len(decodes) :])
             return
         tokens = iter(result.tokens)
-        for slot, row in zip(plan.slots, rows, strict=True):
+        for slot, row in zip(plan.slots, [*map(_decode_row, decodes), *rows], strict=True):
             new = next(tokens) if row[3] else []
             request = row[0]
-            request.steps_under_way -= 1
             if request.is_finished:
                 continue
             if slot in result.errors:
@@ -371,38 +377,42 @@ class Scheduler:
             self._confirm(row, len(new))
             self._collect_prompt_logprobs(row, result.prompt_logprobs.get(slot, []))
             request.drafts = list(result.proposals.get(slot, []))
+            if request.drafts:
+                request.decodes_until = 0
             request.pooled = result.pooled.get(slot, [])
             self._advance(row, new, result.logprobs.get(slot, []))
+
+    def _take_decoded(self, decodes: list[Request], tokens: list[int]) -> None:
+        """One token each, of which nothing else is told; mostly not the last one, and it fills no block."""
+        size, outbox = self.kv.block_size, self._outbox
+        num_plain = 0
+        for request, token in zip(decodes, tokens, strict=False):
+            confirmed = request.num_confirmed + 1
+            if (
+                request.state is RUNNING
+                and confirmed % size
+                and confirmed + 1 < request.max_total
+                and token not in request.stop_ids
+            ):
+                request.num_confirmed = confirmed  # the common case: no call is made for it
+                request.token_ids.append(token)
+                outbox.append(RequestUpdate(request.id, (token,)))
+                num_plain += 1
+            elif not request.is_finished:
+                self._take_token(_decode_row(request), [token])
+        self._stats.generated_tokens += num_plain
 
     def _take_sampled(self, rows: list[Row], sampled: list[int]) -> None:
         """A step of which nothing is told but one token for each row that samples."""
         tokens = iter(sampled)
         for row in rows:
-            request = row[0]
-            request.steps_under_way -= 1
-            if not row[3]:
-                new = []
-            elif self._take_decoded(row, token := next(tokens)):
-                continue
-            else:
-                new = [token]
-            if not request.is_finished:
-                self._confirm(row, len(new))
-                self._advance(row, new, [])
+            new = [next(tokens)] if row[3] else []
+            if not row[0].is_finished:
+                self._take_token(row, new)
 
-    def _take_decoded(self, row: Row, token: int) -> bool:
-        """The common case in few words: one more token, not the first and not the last, that fills no block."""
-        request, start, num_tokens, _, drafts = row
-        if drafts or num_tokens > 1 or request.state is not RUNNING or start < request.num_prompt:
-            return False
-        ids = request.token_ids
-        if token in request.stop_ids or len(ids) + 1 >= request.max_total or not (start + 1) % self.kv.block_size:
-            return False
-        request.num_confirmed = start + 1
-        ids.append(token)
-        self._stats.generated_tokens += 1
-        self._outbox.append(RequestUpdate(request.id, (token,)))
-        return True
+    def _take_token(self, row: Row, new: list[int]) -> None:
+        self._confirm(row, len(new))
+        self._advance(row, new, [])
 
     def _confirm(self, row: Row, num_new: int) -> None:
         """The step's tokens are computed; rejected drafts are taken back."""
@@ -533,3 +543,8 @@ class Scheduler:
         waiting = self._forks.get(request.fork_of or "")
         if waiting and request in waiting:
             waiting.remove(request)
+
+
+def _decode_row(request: Request) -> Row:
+    """A decode as a row: steps end in order, so its token is the first that is not confirmed."""
+    return request, request.num_confirmed, 1, True, []
