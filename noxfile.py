@@ -73,7 +73,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy, strict, on the three packages."""
-    install(session, "mypy", "types-PyYAML")
+    install(session, "mypy", "types-PyYAML", *TEST_EXTRAS)
     session.run("mypy")
 
 

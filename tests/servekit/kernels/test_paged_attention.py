@@ -8,10 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from servekit.kernels.paged_attention import reference, sdpa
+from servekit.kernels.paged_attention import deterministic, reference, sdpa
 from servekit.kernels.paged_attention.metadata import build_metadata
 
-IMPLEMENTATIONS = {"reference": reference.paged_attention, "sdpa": sdpa.paged_attention}
+IMPLEMENTATIONS = {
+    "reference": reference.paged_attention,
+    "sdpa": sdpa.paged_attention,
+    "deterministic": deterministic.paged_attention,
+}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 CPU = torch.device("cpu")
 

@@ -40,6 +40,7 @@ ENGINE_HELP = {
     "max_num_batched_tokens": "Tokens a step computes at the most.",
     "long_prefill_token_threshold": "Longest prefill chunk of one request in a step; 0: no bound.",
     "scheduling_policy": "fcfs, priority or fair.",
+    "deterministic": "Give a request the same tokens and logprobs whatever else is computed; slower.",
     "otlp_traces_endpoint": "OpenTelemetry collector that gets a span a request: http://HOST:4318/v1/traces.",
 }
 
@@ -51,7 +52,12 @@ def engine_options(command: Command) -> Command:
         default = getattr(EngineConfig(model=""), name)
         kind = next(kind for kind in (get_args(types[name]) or (types[name],)) if kind is not type(None))
         option = click.option(
-            flag_of(name), type=kind, default=default, help=ENGINE_HELP[name], show_default=default is not None
+            flag_of(name),
+            type=kind,
+            is_flag=kind is bool,
+            default=default,
+            help=ENGINE_HELP[name],
+            show_default=default is not None,
         )
         command = option(command)
     command = click.option(

@@ -46,6 +46,7 @@ class EngineCore:
             max_model_len=config.max_model_len or 0,
             speculative=config.speculative_config,
             offload_folder=config.kv_offload_folder,
+            deterministic=config.deterministic,
         )
         self.executor = InProcessExecutor(config.model, executor)
         self._prove(config)

@@ -20,6 +20,7 @@ from servekit.core.plan import StepPlan, StepResult
 from servekit.execution.draft_model import DraftModelProposer
 from servekit.execution.model_runner import GrammarOf, ModelRunner, score
 from servekit.execution.proposer import NgramProposer, Proposer, SpeculativeConfig
+from servekit.layers.kernels import Kernels, deterministic_kernels
 from servekit.layers.parallel import SingleRank
 from servekit.layers.weights import Weights
 from servekit.models.registry import CausalModel, architecture_of, model_class
@@ -38,6 +39,7 @@ class ExecutorConfig:
     max_model_len: int = 0  # 0: what the model was made for
     speculative: SpeculativeConfig | None = None
     offload_folder: str | None = None
+    deterministic: bool = False  # the same bits whatever else is computed; in float32
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
@@ -62,7 +64,11 @@ class InProcessExecutor:
         self.folder = open_model_folder(model)
         self._folders = [self.folder]
         self.device = torch.device(config.device)
+        self._config = config
         self.dtype = self._dtype(config, self.folder)
+        if config.deterministic and self.dtype != torch.float32:
+            name = str(self.dtype).removeprefix("torch.")
+            raise ConfigError("dtype", name, "float32, which deterministic needs", flag="--dtype")
         architecture = architecture_of(self.folder)
         made_for = self.folder.config_int("max_position_embeddings", high=1 << 26)
         if config.max_model_len > made_for:
@@ -79,7 +85,6 @@ class InProcessExecutor:
             device=str(self.device),
             num_parameters=num_parameters,
         )
-        self._config = config
         self._proposer = self._make_proposer()
         self._runner: ModelRunner | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="servekit-executor")
@@ -94,7 +99,8 @@ class InProcessExecutor:
 
     def _load(self, folder: ModelFolder, max_positions: int) -> tuple[CausalModel, int]:
         """The model and how many parameters it has."""
-        weights = Weights(folder, self.dtype, self.device, SingleRank())
+        kernels = deterministic_kernels() if self._config.deterministic else Kernels()
+        weights = Weights(folder, self.dtype, self.device, SingleRank(), kernels)
         with torch.inference_mode():
             return model_class(architecture_of(folder))(weights, max_positions), weights.num_parameters
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,16 +28,33 @@ class StepInputs:
     angles: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
+class PagedAttention(Protocol):
+    """An implementation of ``servekit.kernels.paged_attention``."""
+
+    def __call__(
+        self, query: Tensor, cache: Tensor, metadata: AttentionMetadata, scale: float, soft_cap: float = 0.0
+    ) -> Tensor: ...
+
+
 class Attention:
     """One layer's attention, this rank's heads of it; its cache is bound once the blocks are counted.
 
     Args:
         heads, kv_heads: of this rank.
         group: which KV group's block tables it follows.
+        kernel: ``weights.kernels.paged_attention``.
     """
 
     def __init__(
-        self, heads: int, kv_heads: int, head_dim: int, *, scale: float, group: int = 0, soft_cap: float = 0.0
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        scale: float,
+        group: int = 0,
+        soft_cap: float = 0.0,
+        kernel: PagedAttention = paged_attention,
     ) -> None:
         self.heads = heads
         self.kv_heads = kv_heads
@@ -44,6 +62,7 @@ class Attention:
         self.scale = scale
         self.group = group
         self.soft_cap = soft_cap
+        self.kernel = kernel
         self.cache = torch.empty(0)
 
     def bind(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -57,7 +76,7 @@ class Attention:
         """``query`` ``[tokens, heads, head_dim]``, ``key`` and ``value`` ``[tokens, kv_heads, head_dim]``."""
         metadata = step.attention[self.group]
         kv_write(self.cache, key, value, metadata.write_places)
-        return paged_attention(query, self.cache, metadata, self.scale, self.soft_cap)
+        return self.kernel(query, self.cache, metadata, self.scale, self.soft_cap)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

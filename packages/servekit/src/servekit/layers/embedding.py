@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
+from servekit.layers.kernels import Kernels
 from servekit.layers.parallel import Ranks, shard
 from servekit.layers.weights import Weights
 
@@ -14,6 +15,7 @@ class VocabParallelEmbedding:
 
     def __init__(self, weights: Weights, name: str, vocab_size: int, hidden_size: int) -> None:
         self.ranks: Ranks = weights.ranks
+        self.kernels = weights.kernels
         whole = weights.read(name, (vocab_size, hidden_size), lambda w: shard(w, 0, weights.ranks))
         self.weight = weights.settle(whole)
         self.first = self.ranks.rank * self.weight.shape[0]
@@ -31,19 +33,20 @@ class VocabParallelEmbedding:
 class LogitsHead:
     """Logits over the whole vocabulary; tied to ``embeddings`` or with a matrix of its own."""
 
-    def __init__(self, ranks: Ranks, weight: Tensor) -> None:
+    def __init__(self, ranks: Ranks, weight: Tensor, kernels: Kernels) -> None:
         self.ranks = ranks
         self.weight = weight
+        self._product = kernels.linear_of(weight, None)
 
     @classmethod
     def tied(cls, embeddings: VocabParallelEmbedding) -> LogitsHead:
-        return cls(embeddings.ranks, embeddings.weight)
+        return cls(embeddings.ranks, embeddings.weight, embeddings.kernels)
 
     @classmethod
     def read(cls, weights: Weights, name: str, vocab_size: int, hidden_size: int) -> LogitsHead:
         whole = weights.read(name, (vocab_size, hidden_size), lambda w: shard(w, 0, weights.ranks))
-        return cls(weights.ranks, weights.settle(whole))
+        return cls(weights.ranks, weights.settle(whole), weights.kernels)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden]`` -> ``[rows, vocab]`` float32."""
-        return self.ranks.all_gather(linear(hidden, self.weight), dim=-1).float()
+        return self.ranks.all_gather(self._product(hidden), dim=-1).float()

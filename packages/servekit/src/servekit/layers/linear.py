@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from servekit.layers.parallel import Ranks, shard
 from servekit.layers.weights import Weights
@@ -34,10 +33,11 @@ class ColumnParallelLinear:
 
         self.weight = weights.settle(*(weights.read(f"{n}.weight", (out, in_features), rows) for n, out in pairs))
         self.bias = weights.settle(*(weights.read(f"{n}.bias", (out,), rows) for n, out in pairs)) if bias else None
+        self._product = weights.kernels.linear_of(self.weight, self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[tokens, in_features]`` -> ``[tokens, this rank's rows of all matrices]``."""
-        return linear(x, self.weight, self.bias)
+        return self._product(x)
 
 
 class RowParallelLinear:
@@ -54,7 +54,8 @@ class RowParallelLinear:
         if bias:
             whole = weights.settle(weights.read(f"{name}.bias", (out_features,)))
             self.bias = whole if self.ranks.rank == 0 else torch.zeros_like(whole)
+        self._product = weights.kernels.linear_of(self.weight, self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[tokens, this rank's in_features]`` -> ``[tokens, out_features]``, summed over the ranks."""
-        return self.ranks.all_reduce(linear(x, self.weight, self.bias))
+        return self.ranks.all_reduce(self._product(x))

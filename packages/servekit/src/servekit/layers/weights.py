@@ -9,7 +9,10 @@ from torch import Tensor
 
 from common_platform.artifact import ModelFolder
 from common_platform.errors import ArtifactShapeError
+from servekit.layers.kernels import Kernels
 from servekit.layers.parallel import Ranks
+
+FASTEST = Kernels()
 
 
 class Weights:
@@ -20,13 +23,22 @@ class Weights:
         dtype: what floating-point weights become.
         device: where they go.
         ranks: who shares them.
+        kernels: what the layers made from them call.
     """
 
-    def __init__(self, folder: ModelFolder, dtype: torch.dtype, device: torch.device, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        folder: ModelFolder,
+        dtype: torch.dtype,
+        device: torch.device,
+        ranks: Ranks,
+        kernels: Kernels = FASTEST,
+    ) -> None:
         self.folder = folder
         self.dtype = dtype
         self.device = device
         self.ranks = ranks
+        self.kernels = kernels
         self.num_parameters = 0
 
     def has(self, name: str) -> bool:

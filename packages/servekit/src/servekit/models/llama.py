@@ -11,7 +11,6 @@ from torch import Tensor
 from common_platform.artifact import ModelFolder
 from common_platform.errors import ArtifactConfigError
 from servekit.core.facts import KVGroup
-from servekit.kernels.silu_and_mul import silu_and_mul
 from servekit.layers.attention import Attention, StepInputs
 from servekit.layers.embedding import LogitsHead, VocabParallelEmbedding
 from servekit.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -116,18 +115,20 @@ class LlamaLayer:
         if config.qk_norm:
             self.q_norm = RMSNorm(weights, f"{at}.self_attn.q_norm.weight", width, config.eps)
             self.k_norm = RMSNorm(weights, f"{at}.self_attn.k_norm.weight", width, config.eps)
-        self.attention = Attention(self.heads, self.kv_heads, width, scale=width**-0.5, group=group)
+        kernel = weights.kernels.paged_attention
+        self.attention = Attention(self.heads, self.kv_heads, width, scale=width**-0.5, group=group, kernel=kernel)
         self.out = RowParallelLinear(weights, f"{at}.self_attn.o_proj", outs[0], hidden, bias=config.out_bias)
         self.post_norm = RMSNorm(weights, f"{at}.post_attention_layernorm.weight", hidden, config.eps)
         names = [f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"]
         inner = config.intermediate_size
         self.gate_up = ColumnParallelLinear(weights, names, hidden, [inner, inner], bias=config.mlp_bias)
+        self._silu_and_mul = weights.kernels.silu_and_mul
         self.down = RowParallelLinear(weights, f"{at}.mlp.down_proj", inner, hidden, bias=config.mlp_bias)
 
     def __call__(self, x: Tensor, residual: Tensor | None, step: StepInputs) -> tuple[Tensor, Tensor]:
         x, residual = self.input_norm.add(x, residual)
         x, residual = self.post_norm.add(self._attend(x, step), residual)
-        return self.down(silu_and_mul(self.gate_up(x))), residual
+        return self.down(self._silu_and_mul(self.gate_up(x))), residual
 
     def _attend(self, x: Tensor, step: StepInputs) -> Tensor:
         tokens = len(x)

@@ -20,6 +20,30 @@ class Chunk:
 
 
 @dataclass(slots=True)
+class KeyTiles:
+    """Some query tiles of a step, and for each turn the keys that they meet: what ``deterministic`` reads.
+
+    ``tokens``: ``[tiles, tokens]`` int64 among the step's tokens; the last one is repeated where a tile is short.
+    ``is_real``: ``[tiles, tokens]`` bool, False for those repetitions. ``turns``: which of the tiles still meet keys,
+    ``[n]``; where these lie, ``[n, keys]``; who looks at whom, ``[n, tokens, keys]`` bool.
+    """
+
+    tokens: Tensor
+    is_real: Tensor
+    turns: list[tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(slots=True)
+class StepRows:
+    """The rows as ``build_metadata`` was given them."""
+
+    tables: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    window: int
+
+
+@dataclass(slots=True)
 class AttentionMetadata:
     """One KV group's view of a step.
 
@@ -27,7 +51,8 @@ class AttentionMetadata:
     are all of them in order. ``decode_tables``: ``[rows, blocks of the longest context]`` int64, 0 where a row is short
     or its window has passed; ``decode_mask``: ``[rows, blocks * block_size]`` bool, True where a token looks; None when
     it is all True. ``decode_partial``: the blocks of which a row sees a part: row, column of the table, and
-    ``[blocks, block_size]`` True where it does not look, for there may be anything.
+    ``[blocks, block_size]`` True where it does not look, for there may be anything. ``rows`` and ``tiles`` are for
+    implementations that cut the step otherwise; ``tiles`` is filled by the first layer that does.
     """
 
     block_size: int
@@ -37,6 +62,8 @@ class AttentionMetadata:
     decode_mask: Tensor | None = None
     decode_partial: tuple[Tensor, Tensor, Tensor] | None = None
     chunks: list[Chunk] = field(default_factory=list)
+    rows: StepRows | None = None
+    tiles: dict[tuple[int, ...], list[KeyTiles]] = field(default_factory=dict)
 
 
 def build_metadata(
@@ -50,18 +77,19 @@ def build_metadata(
         counts: ``[rows]`` how many tokens each row computes.
         window: tokens that a token sees, itself included; 0 for all.
     """
+    given = StepRows(tables, starts, counts, window)
     ends = starts + counts
     if len(counts) == int(counts.sum()):
         rows = np.arange(len(counts))
         write = tables[rows, starts // block_size].astype(np.int64) * block_size + starts % block_size
-        metadata = AttentionMetadata(block_size, torch.from_numpy(write).to(device))
+        metadata = AttentionMetadata(block_size, torch.from_numpy(write).to(device), rows=given)
         _add_decodes(metadata, tables, ends, window, device)
         return metadata
     firsts = np.concatenate(([0], np.cumsum(counts)))
     row_of = np.repeat(np.arange(len(counts)), counts)
     positions = np.arange(firsts[-1]) - firsts[row_of] + starts[row_of]
     write = tables[row_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    metadata = AttentionMetadata(block_size, torch.from_numpy(write).to(device))
+    metadata = AttentionMetadata(block_size, torch.from_numpy(write).to(device), rows=given)
     decodes = np.flatnonzero(counts == 1)
     if len(decodes):
         _add_decodes(metadata, tables[decodes], ends[decodes], window, device)

@@ -1,0 +1,43 @@
+"""Which implementation of each operation the layers of a model call: chosen once, when it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from servekit.kernels import linear as linears
+from servekit.kernels import paged_attention as attention
+from servekit.kernels import rms_norm as norm
+from servekit.kernels import silu_and_mul as gate
+from servekit.kernels.linear import deterministic as deterministic_linears
+from servekit.kernels.paged_attention import deterministic as deterministic_attention
+from servekit.kernels.rms_norm import deterministic as deterministic_norm
+from servekit.kernels.silu_and_mul import deterministic as deterministic_gate
+from servekit.layers.attention import PagedAttention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """The operations that have more than one implementation; by default the fastest here.
+
+    ``linear_of`` makes a product from a weight and its bias; the others are called as they stand.
+    """
+
+    linear_of: Callable[[Tensor, Tensor | None], linears.Linear] = linears.linear_of
+    paged_attention: PagedAttention = attention.paged_attention
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = norm.rms_norm
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = norm.add_rms_norm
+    silu_and_mul: Callable[[Tensor], Tensor] = gate.silu_and_mul
+
+
+def deterministic_kernels() -> Kernels:
+    """Those that give a token the same bits whatever else is computed with it."""
+    return Kernels(
+        linear_of=deterministic_linears.TiledLinears(),
+        paged_attention=deterministic_attention.paged_attention,
+        rms_norm=deterministic_norm.rms_norm,
+        add_rms_norm=deterministic_norm.add_rms_norm,
+        silu_and_mul=deterministic_gate.silu_and_mul,
+    )
