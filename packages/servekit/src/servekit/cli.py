@@ -40,6 +40,8 @@ ENGINE_HELP = {
     "max_num_batched_tokens": "Tokens a step computes at the most.",
     "long_prefill_token_threshold": "Longest prefill chunk of one request in a step; 0: no bound.",
     "scheduling_policy": "fcfs, priority or fair.",
+    "kernels": "Of the CPU: native (C++), reference (torch), or auto.",
+    "quantization": "int8 or int4: weights of that many bits, activations of 8; on a CPU.",
     "deterministic": "Give a request the same tokens and logprobs whatever else is computed; slower.",
     "otlp_traces_endpoint": "OpenTelemetry collector that gets a span a request: http://HOST:4318/v1/traces.",
 }

@@ -20,6 +20,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
     device: str = "cpu"
     num_threads: int = 0  # 0: torch's choice
+    kernels: str = "auto"  # auto | native | reference
+    quantization: str | None = None  # int8 | int4, of the weights; on a CPU
     max_model_len: int | None = None  # tokens; None: what the model was made for
     block_size: int = 16  # tokens per KV block
     kv_cache_memory_bytes: int | None = None  # None: 40 % of the free memory, at most 4 GiB

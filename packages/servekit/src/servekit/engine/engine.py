@@ -47,6 +47,8 @@ class EngineCore:
             speculative=config.speculative_config,
             offload_folder=config.kv_offload_folder,
             deterministic=config.deterministic,
+            kernels=config.kernels,
+            quantization=config.quantization,
         )
         self.executor = InProcessExecutor(config.model, executor)
         self._prove(config)

@@ -17,7 +17,7 @@ from servekit.core.config import CacheConfig
 from servekit.core.facts import KVGroup
 from servekit.execution.input_batch import InputBatch
 from servekit.kernels.kv_write import copy_blocks
-from servekit.kernels.paged_attention.metadata import build_metadata
+from servekit.kernels.paged_attention.metadata import StepRows
 from servekit.layers.attention import StepInputs
 from servekit.models.registry import CausalModel
 
@@ -62,7 +62,7 @@ class DraftModelProposer:
                 copy_blocks(attention.cache, pairs[:, 0], pairs[:, 1])
 
     def computed(self, inputs: StepInputs) -> None:
-        self.model.forward(StepInputs(inputs.token_ids, inputs.positions, inputs.attention))
+        self.model.forward(StepInputs(inputs.token_ids, inputs.positions, inputs.rows, inputs.block_size))
 
     def propose(self, batch: InputBatch, slots: Sequence[int]) -> list[list[int]]:
         rows = np.asarray(slots)
@@ -86,7 +86,7 @@ class DraftModelProposer:
 
     def _next(self, tables: np.ndarray, positions: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         ones = np.ones(len(positions), np.int64)
-        metadata = build_metadata(tables, positions, ones, self._block_size, 0, self._device)
+        rows = StepRows(tables, positions, ones, 0)
         ids, places = torch.from_numpy(tokens).to(self._device), torch.from_numpy(positions).to(self._device)
-        logits = self.model.logits(self.model.forward(StepInputs(ids, places, [metadata])))
+        logits = self.model.logits(self.model.forward(StepInputs(ids, places, [rows], self._block_size)))
         return logits.argmax(dim=-1).cpu().numpy()

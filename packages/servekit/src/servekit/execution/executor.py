@@ -20,11 +20,14 @@ from servekit.core.plan import StepPlan, StepResult
 from servekit.execution.draft_model import DraftModelProposer
 from servekit.execution.model_runner import GrammarOf, ModelRunner, score
 from servekit.execution.proposer import NgramProposer, Proposer, SpeculativeConfig
+from servekit.kernels.native import Format, Pool, native_library
 from servekit.layers.kernels import Kernels, deterministic_kernels
 from servekit.layers.parallel import SingleRank
 from servekit.layers.weights import Weights
-from servekit.models.registry import CausalModel, architecture_of, model_class
+from servekit.models.registry import CausalModel, architecture_of, model_class, native_class
 
+KERNELS = ("auto", "native", "reference")
+FORMATS = {"int8": "I8", "int4": "I4"}  # what --quantization makes of weights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_BLOCK = 16
 
@@ -40,10 +43,16 @@ class ExecutorConfig:
     speculative: SpeculativeConfig | None = None
     offload_folder: str | None = None
     deterministic: bool = False  # the same bits whatever else is computed; in float32
+    kernels: str = "auto"  # auto | native | reference
+    quantization: str | None = None  # int8 | int4, of the weights, with 8-bit activations
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
             raise ConfigError("dtype", self.dtype, f"one of auto, {', '.join(DTYPES)}", flag="--dtype")
+        if self.kernels not in KERNELS:
+            raise ConfigError("kernels", self.kernels, f"one of {', '.join(KERNELS)}", flag="--kernels")
+        if self.quantization not in (None, *FORMATS):
+            raise ConfigError("quantization", self.quantization, f"one of {', '.join(FORMATS)}", flag="--quantization")
         if self.num_threads < 0:
             raise ConfigError("num_threads", self.num_threads, "0 or more", flag="--num-threads")
 
@@ -66,9 +75,7 @@ class InProcessExecutor:
         self.device = torch.device(config.device)
         self._config = config
         self.dtype = self._dtype(config, self.folder)
-        if config.deterministic and self.dtype != torch.float32:
-            name = str(self.dtype).removeprefix("torch.")
-            raise ConfigError("dtype", name, "float32, which deterministic needs", flag="--dtype")
+        self._check()
         architecture = architecture_of(self.folder)
         made_for = self.folder.config_int("max_position_embeddings", high=1 << 26)
         if config.max_model_len > made_for:
@@ -89,20 +96,53 @@ class InProcessExecutor:
         self._runner: ModelRunner | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="servekit-executor")
 
-    @staticmethod
-    def _dtype(config: ExecutorConfig, folder: ModelFolder) -> torch.dtype:
+    def _dtype(self, config: ExecutorConfig, folder: ModelFolder) -> torch.dtype:
+        """On a CPU without our kernels bfloat16 can be very slow: it is used where it was asked for."""
         if config.dtype != "auto":
             return DTYPES[config.dtype]
-        if config.device == "cpu":
-            return torch.float32
-        return DTYPES.get(str(folder.config.get("dtype") or folder.config.get("torch_dtype")), torch.bfloat16)
+        stored = DTYPES.get(str(folder.config.get("dtype") or folder.config.get("torch_dtype")), torch.bfloat16)
+        if config.device != "cpu":
+            return stored
+        is_native = not config.deterministic and self._native_reason(folder) is None
+        return stored if is_native and stored != torch.float16 else torch.float32
+
+    def _native_reason(self, folder: ModelFolder) -> str | None:
+        """Why the CPU kernels cannot run this model; None where they can."""
+        if self._config.kernels == "reference":
+            return "kernels is reference"
+        if self.device.type != "cpu":
+            return f"the device is {self.device.type}"
+        if native_library() is None:
+            return "they were not built"
+        return native_class(architecture_of(folder)).reason_against(folder)
+
+    def _check(self) -> None:
+        config, name = self._config, str(self.dtype).removeprefix("torch.")
+        if config.deterministic and self.dtype != torch.float32:
+            raise ConfigError("dtype", name, "float32, which deterministic needs", flag="--dtype")
+        reason = "deterministic has its own" if config.deterministic else self._native_reason(self.folder)
+        if self.dtype == torch.float16:
+            reason = reason or "the dtype is float16"
+        if reason and config.kernels == "native":
+            raise ConfigError("kernels", "native", f"reference here: {reason}", flag="--kernels")
+        if reason and config.quantization:
+            limit = f"none here, for it needs the native CPU kernels: {reason}"
+            raise ConfigError("quantization", config.quantization, limit, flag="--quantization")
+        self._is_native = reason is None
 
     def _load(self, folder: ModelFolder, max_positions: int) -> tuple[CausalModel, int]:
         """The model and how many parameters it has."""
         kernels = deterministic_kernels() if self._config.deterministic else Kernels()
         weights = Weights(folder, self.dtype, self.device, SingleRank(), kernels)
+        library = native_library() if self._is_native and self._native_reason(folder) is None else None
         with torch.inference_mode():
-            return model_class(architecture_of(folder))(weights, max_positions), weights.num_parameters
+            if library is None:
+                return model_class(architecture_of(folder))(weights, max_positions), weights.num_parameters
+            plain = Format.F32 if self.dtype == torch.float32 else Format.BF16
+            format = Format[FORMATS[self._config.quantization]] if self._config.quantization else plain
+            pool = Pool(library, torch.get_num_threads())
+            native = native_class(architecture_of(folder))
+            return native(weights, max_positions, library, pool, format), weights.num_parameters
 
     def _make_proposer(self) -> Proposer | None:
         speculative = self._config.speculative

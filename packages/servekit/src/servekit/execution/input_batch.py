@@ -9,7 +9,7 @@ import torch
 
 from servekit.core.facts import KVGroup
 from servekit.core.plan import BlockAppend, RowStart, StepPlan
-from servekit.kernels.paged_attention.metadata import build_metadata
+from servekit.kernels.paged_attention.metadata import StepRows
 from servekit.layers.attention import StepInputs
 
 
@@ -93,15 +93,16 @@ class InputBatch:
     def inputs(self, step: StepArrays) -> StepInputs:
         """What the model reads for the tokens of ``step``."""
         longest = -(-int((step.starts + step.counts).max()) // self.block_size)
-        attention = [
-            build_metadata(
-                table[:, :longest][step.slots], step.starts, step.counts, self.block_size, group.window, self.device
-            )
+        rows = [
+            StepRows(table[:, :longest][step.slots], step.starts, step.counts, group.window)
             for group, table in zip(self.groups, self.tables, strict=True)
         ]
         token_ids, positions = self._new_tokens(step)
         return StepInputs(
-            torch.from_numpy(token_ids).to(self.device), torch.from_numpy(positions).to(self.device), attention
+            torch.from_numpy(token_ids).to(self.device),
+            torch.from_numpy(positions).to(self.device),
+            rows,
+            self.block_size,
         )
 
     def _new_tokens(self, step: StepArrays) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -12,20 +13,31 @@ from torch import Tensor
 
 from servekit.kernels.kv_write import kv_write
 from servekit.kernels.paged_attention import AttentionMetadata, paged_attention
+from servekit.kernels.paged_attention.metadata import StepRows, build_metadata
 
 
-@dataclass(slots=True)
+@dataclass
 class StepInputs:
     """What the layers of one step read.
 
-    ``token_ids``, ``positions``: ``[tokens]`` int64. ``attention``: one a KV group. ``angles``: rotary cosines and
-    sines of the positions, filled by the model.
+    ``token_ids``, ``positions``: ``[tokens]`` int64. ``rows``: one a KV group, with its block tables. ``angles``:
+    rotary cosines and sines of the positions, filled by the model.
     """
 
     token_ids: Tensor
     positions: Tensor
-    attention: list[AttentionMetadata]
+    rows: list[StepRows]
+    block_size: int
     angles: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def attention(self) -> list[AttentionMetadata]:
+        """What kernels that are given every place need, one a KV group."""
+        device = self.token_ids.device
+        return [
+            build_metadata(rows.tables, rows.starts, rows.counts, self.block_size, rows.window, device)
+            for rows in self.rows
+        ]
 
 
 class PagedAttention(Protocol):

@@ -11,6 +11,7 @@ from torch import Tensor
 from common_platform.artifact import ModelFolder
 from common_platform.errors import ArtifactConfigError
 from servekit.core.facts import KVGroup
+from servekit.kernels.native import Format, Library, Pool
 from servekit.layers.attention import Attention, StepInputs
 from servekit.layers.weights import Weights
 
@@ -20,6 +21,7 @@ BUILT_IN = {  # config.json's architectures -> where the class is; imported on f
     "Qwen2ForCausalLM": "servekit.models.llama:Llama",
     "Qwen3ForCausalLM": "servekit.models.llama:Llama",
 }
+NATIVE = dict.fromkeys(BUILT_IN, "servekit.models.native_llama:NativeLlama")  # on the C++ kernels
 
 
 class CausalModel(Protocol):
@@ -36,6 +38,27 @@ class CausalModel(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden]`` -> ``[rows, vocab]`` float32."""
+
+
+class NativeModel(CausalModel, Protocol):
+    """A model on the C++ kernels."""
+
+    def __init__(
+        self, weights: Weights, max_positions: int, library: Library, pool: Pool, format: Format
+    ) -> None:  # more than CausalModel's
+        ...
+
+    @staticmethod
+    def reason_against(folder: ModelFolder) -> str | None:
+        """Why it cannot run the model in ``folder``; None where it can."""
+
+
+class NoNativeModel:
+    """Stands for architectures that have none."""
+
+    @staticmethod
+    def reason_against(folder: ModelFolder) -> str | None:
+        return "there are none for this architecture"
 
 
 def architecture_of(folder: ModelFolder) -> str:
@@ -60,4 +83,10 @@ def known_architectures() -> dict[str, str]:
 
 def model_class(architecture: str) -> type[CausalModel]:
     found: type[CausalModel] = pkgutil.resolve_name(known_architectures()[architecture])
+    return found
+
+
+def native_class(architecture: str) -> type[NativeModel]:
+    """The class that runs it on the C++ kernels; ``NoNativeModel`` where there is none."""
+    found: type[NativeModel] = pkgutil.resolve_name(NATIVE.get(architecture, f"{__name__}:NoNativeModel"))
     return found

@@ -1,0 +1,312 @@
+// Attention of a tile of queries to keys in blocks, by the online softmax (Milakov and Gimelshein 2018).
+//
+// Keys of a block lie as [head_dim / DEPTH][block_size][DEPTH], values as [block_size / DEPTH][head_dim][DEPTH]: both
+// are what a product's tile reads, so scores and their use run on the same instructions as the linear layers.
+
+namespace {
+
+using servekit::Attention;
+using servekit::AttentionTask;
+using servekit::KEY_TILE;
+using servekit::PARTIAL_EXTRA;
+using servekit::Scratch;
+
+constexpr float NOTHING = -INFINITY;
+
+// Scores of `rows` queries and LANES * NV keys; a vector of keys begins at each of `keys`, `step` bytes a depth.
+template <class D, int MR, int NV>
+inline void score_tile(const typename D::Value* q, int width, const uint8_t* const* keys, size_t step, float* out) {
+  vf sums[MR][NV] = {};
+  for (int d = 0; d < width / D::DEPTH; ++d) {
+    typename D::Weights w[NV];
+    for (int v = 0; v < NV; ++v) w[v] = D::load(keys[v] + d * step);
+    for (int r = 0; r < MR; ++r)
+      for (int v = 0; v < NV; ++v) sums[r][v] = D::add(sums[r][v], w[v], q + r * width + d * D::DEPTH);
+  }
+  for (int r = 0; r < MR; ++r)
+    for (int v = 0; v < NV; ++v) store(out + r * KEY_TILE + v * LANES, sums[r][v]);
+}
+
+template <class D, int NV>
+void score_rows(const typename D::Value* q, int rows, int width, const uint8_t* const* keys, size_t step, float* out) {
+  while (rows > 0) {
+    const int n = rows >= 6 ? 6 : rows;
+    switch (n) {
+      case 1: score_tile<D, 1, NV>(q, width, keys, step, out); break;
+      case 2: score_tile<D, 2, NV>(q, width, keys, step, out); break;
+      case 3: score_tile<D, 3, NV>(q, width, keys, step, out); break;
+      case 4: score_tile<D, 4, NV>(q, width, keys, step, out); break;
+      case 5: score_tile<D, 5, NV>(q, width, keys, step, out); break;
+      default: score_tile<D, 6, NV>(q, width, keys, step, out);
+    }
+    q += n * width;
+    out += n * KEY_TILE;
+    rows -= n;
+  }
+}
+
+// Where blocks hold fewer keys than a vector has lanes.
+template <class D>
+void score_block_plainly(const typename D::Value* q, int rows, int width, const uint8_t* block, int size, float* out);
+
+template <>
+void score_block_plainly<F32>(const float* q, int rows, int width, const uint8_t* block, int size, float* out) {
+  const auto* keys = reinterpret_cast<const float*>(block);
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < size; ++j) {
+      float total = 0;
+      for (int d = 0; d < width; ++d) total += q[r * width + d] * keys[d * size + j];
+      out[r * KEY_TILE + j] = total;
+    }
+}
+
+inline float number(float x) { return x; }
+inline float number(uint16_t x) { return from_bf16(x); }
+
+template <>
+void score_block_plainly<BF16>(const BF16::Value* q, int rows, int width, const uint8_t* block, int size, float* out) {
+  const auto* keys = reinterpret_cast<const uint16_t*>(block);
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < size; ++j) {
+      float total = 0;
+      for (int d = 0; d < width; ++d)
+        total += number(q[r * width + d]) * from_bf16(keys[(static_cast<size_t>(d / 2) * size + j) * 2 + d % 2]);
+      out[r * KEY_TILE + j] = total;
+    }
+}
+
+// out[rows][width] += p[rows][keys] * values, block after block.
+template <class D, int MR, int NV>
+inline void value_tile(const typename D::Value* p, const uint8_t* const* blocks, int num_keys, int size, int width,
+                       float* out) {
+  vf sums[MR][NV];
+  for (int r = 0; r < MR; ++r)
+    for (int v = 0; v < NV; ++v) sums[r][v] = load(out + r * width + v * LANES);
+  for (int first = 0, b = 0; first < num_keys; first += size, ++b) {
+    const int keys = num_keys - first < size ? num_keys - first : size;
+    const int steps = (keys + D::DEPTH - 1) / D::DEPTH;
+    sum_tile<D, MR, NV>(p + first, KEY_TILE, blocks[b], static_cast<size_t>(width) * 4, steps, sums);
+  }
+  for (int r = 0; r < MR; ++r)
+    for (int v = 0; v < NV; ++v) store(out + r * width + v * LANES, sums[r][v]);
+}
+
+template <class D, int NV>
+void value_rows(const typename D::Value* p, int rows, const uint8_t* const* blocks, int num_keys, int size, int width,
+                float* out) {
+  while (rows > 0) {
+    const int n = rows >= 6 ? 6 : rows;
+    switch (n) {
+      case 1: value_tile<D, 1, NV>(p, blocks, num_keys, size, width, out); break;
+      case 2: value_tile<D, 2, NV>(p, blocks, num_keys, size, width, out); break;
+      case 3: value_tile<D, 3, NV>(p, blocks, num_keys, size, width, out); break;
+      case 4: value_tile<D, 4, NV>(p, blocks, num_keys, size, width, out); break;
+      case 5: value_tile<D, 5, NV>(p, blocks, num_keys, size, width, out); break;
+      default: value_tile<D, 6, NV>(p, blocks, num_keys, size, width, out);
+    }
+    p += n * KEY_TILE;
+    out += n * width;
+    rows -= n;
+  }
+}
+
+template <class D>
+class QueryTile {
+ public:
+  using Value = typename D::Value;
+
+  QueryTile(const Attention& op, const AttentionTask& task, Scratch scratch)
+      : op_(op), task_(task), groups_(op.heads / op.cache.kv_heads), rows_(groups_ * task.num_tokens),
+        width_(op.cache.padded_dim), size_(op.cache.block_size) {
+    uint8_t* at = scratch.data;
+    auto take = [&](size_t bytes) {
+      uint8_t* found = at;
+      at += (bytes + 63) / 64 * 64;
+      return found;
+    };
+    const size_t n = static_cast<size_t>(rows_);
+    scores_ = reinterpret_cast<float*>(take(n * KEY_TILE * 4));
+    out_ = reinterpret_cast<float*>(take(n * width_ * 4));
+    highest_ = reinterpret_cast<float*>(take(n * 4));
+    total_ = reinterpret_cast<float*>(take(n * 4));
+    weights_ = reinterpret_cast<Value*>(take(n * KEY_TILE * sizeof(Value)));
+    queries_ = reinterpret_cast<Value*>(take(n * width_ * sizeof(Value)));
+  }
+
+  void run() {
+    const Value* from = static_cast<const Value*>(op_.queries.data);
+    for (int r = 0; r < rows_; ++r) {
+      const size_t row = static_cast<size_t>(task_.first_token + r / groups_) * op_.queries.stride;
+      const size_t head = static_cast<size_t>(task_.kv_head) * groups_ + r % groups_;
+      std::memcpy(queries_ + static_cast<size_t>(r) * width_, from + row + head * width_, width_ * sizeof(Value));
+      highest_[r] = NOTHING;
+      total_[r] = 0;
+    }
+    std::memset(out_, 0, static_cast<size_t>(rows_) * width_ * 4);
+    for (int64_t key = task_.first_key; key < task_.last_key; key += KEY_TILE) {
+      const int64_t left = task_.last_key - key;
+      turn(key, left < KEY_TILE ? static_cast<int>(left) : KEY_TILE);
+    }
+    if (task_.partial) leave_partial();
+    else leave();
+  }
+
+ private:
+  void turn(int64_t first, int num_keys) {
+    const int num_blocks = (num_keys + size_ - 1) / size_;
+    const uint8_t* keys[KEY_TILE / 8];
+    const uint8_t* values[KEY_TILE / 8];
+    const size_t item = D::DEPTH == 2 ? 2 : 4;
+    const size_t head_bytes = static_cast<size_t>(size_) * width_ * item;
+    const size_t block_bytes = head_bytes * op_.cache.kv_heads;
+    const auto* base = static_cast<const uint8_t*>(op_.cache.data);
+    for (int b = 0; b < num_blocks; ++b) {
+      keys[b] = base + static_cast<size_t>(task_.table[first / size_ + b]) * block_bytes + task_.kv_head * head_bytes;
+      values[b] = keys[b] + static_cast<size_t>(op_.cache.num_blocks) * block_bytes;
+    }
+    score(keys, num_blocks);
+    for (int r = 0; r < rows_; ++r) weigh(r, first, num_keys);
+    use(values, num_keys);
+  }
+
+  void score(const uint8_t* const* blocks, int num_blocks) {
+    if (size_ < LANES) {
+      for (int b = 0; b < num_blocks; ++b)
+        score_block_plainly<D>(queries_, rows_, width_, blocks[b], size_, scores_ + b * size_);
+      return;
+    }
+    const uint8_t* vectors[KEY_TILE / LANES];
+    int count = 0;
+    for (int b = 0; b < num_blocks; ++b)
+      for (int j = 0; j < size_; j += LANES) vectors[count++] = blocks[b] + static_cast<size_t>(j) * 4;
+    const size_t step = static_cast<size_t>(size_) * 4;
+    constexpr int NV = TILE_VECTORS;
+    int v = 0;
+    for (; v + NV <= count; v += NV) score_rows<D, NV>(queries_, rows_, width_, vectors + v, step, scores_ + v * LANES);
+    for (; v < count; ++v) score_rows<D, 1>(queries_, rows_, width_, vectors + v, step, scores_ + v * LANES);
+  }
+
+  // Scores become weights: the softmax so far.
+  void weigh(int r, int64_t first, int num_keys) {
+    float* s = scores_ + static_cast<size_t>(r) * KEY_TILE;
+    Value* p = weights_ + static_cast<size_t>(r) * KEY_TILE;
+    const int64_t position = task_.start + r / groups_;
+    const int64_t after = position + 1 - first;  // keys of this tile that are not behind the token
+    const int64_t before = op_.window ? position + 1 - op_.window - first : 0;
+    const int last = after < num_keys ? static_cast<int>(after < 0 ? 0 : after) : num_keys;
+    const int padded = (num_keys + LANES - 1) / LANES * LANES;
+    const int begin = before <= 0 ? 0 : before < padded ? static_cast<int>(before) : padded;
+    for (int c = 0; c < begin; ++c) s[c] = NOTHING;
+    for (int c = last; c < padded; ++c) s[c] = NOTHING;
+    vf most = all(NOTHING);
+    if (op_.soft_cap > 0) {
+      const vf by = all(2.0f * op_.scale / op_.soft_cap);
+      for (int c = 0; c < padded; c += LANES) {
+        const vf x = load(s + c);
+        const vf bent = op_.soft_cap * (1.0f - 2.0f / (exponential(x * by) + 1.0f));
+        const vf y = x == NOTHING ? all(NOTHING) : bent;
+        store(s + c, y);
+        most = larger(most, y);
+      }
+    } else {
+      for (int c = 0; c < padded; c += LANES) {
+        const vf y = load(s + c) * op_.scale;
+        store(s + c, y);
+        most = larger(most, y);
+      }
+    }
+    const float old = highest_[r], top = highest(most) > old ? highest(most) : old;
+    vf sums = {};
+    const float base = top == NOTHING ? 0.0f : top;
+    for (int c = 0; c < padded; c += LANES) {
+      const vf e = exponential(load(s + c) - base);
+      D::put_all(p + c, e);
+      sums += e;
+    }
+    if (num_keys < KEY_TILE && num_keys % 2) D::put(p + num_keys, 0.0f);
+    const float fade = old == NOTHING ? 0.0f : std::exp(old - top);
+    highest_[r] = top;
+    total_[r] = total_[r] * fade + sum(sums);
+    if (fade != 1.0f) {
+      float* out = out_ + static_cast<size_t>(r) * width_;
+      for (int d = 0; d < width_; d += LANES) store(out + d, load(out + d) * fade);
+    }
+  }
+
+  void use(const uint8_t* const* values, int num_keys) {
+    constexpr int NV = TILE_VECTORS;
+    const int vectors = width_ / LANES;
+    const uint8_t* shifted[KEY_TILE / 8];
+    const int num_blocks = (num_keys + size_ - 1) / size_;
+    for (int v = 0; v < vectors;) {
+      const bool wide = v + NV <= vectors;
+      for (int b = 0; b < num_blocks; ++b) shifted[b] = values[b] + static_cast<size_t>(v) * VECTOR;
+      if (wide) value_rows<D, NV>(weights_, rows_, shifted, num_keys, size_, width_, out_ + v * LANES);
+      else value_rows<D, 1>(weights_, rows_, shifted, num_keys, size_, width_, out_ + v * LANES);
+      v += wide ? NV : 1;
+    }
+  }
+
+  void leave() {
+    for (int r = 0; r < rows_; ++r) {
+      const float by = total_[r] != 0 ? 1.0f / total_[r] : 0.0f;
+      const size_t head = static_cast<size_t>(task_.kv_head) * groups_ + r % groups_;
+      put_out(op_, task_.first_token + r / groups_, head, out_ + static_cast<size_t>(r) * width_, by);
+    }
+  }
+
+  void leave_partial() {
+    for (int r = 0; r < rows_; ++r) {
+      float* target = task_.partial + static_cast<size_t>(r) * (width_ + PARTIAL_EXTRA);
+      std::memcpy(target, out_ + static_cast<size_t>(r) * width_, width_ * 4);
+      target[width_] = highest_[r];
+      target[width_ + 1] = total_[r];
+    }
+  }
+
+ public:
+  static void put_out(const Attention& op, int64_t token, size_t head, const float* x, float by) {
+    const int width = op.cache.head_dim;
+    const size_t at = static_cast<size_t>(token) * op.out.stride + head * width;
+    alignas(64) float ready[512];
+    for (int d = 0; d < op.cache.padded_dim; d += LANES) store(ready + d, load(x + d) * by);
+    if (op.out.format == SK_BF16) store_bf16(static_cast<uint16_t*>(op.out.data) + at, ready, width);
+    else std::memcpy(static_cast<float*>(op.out.data) + at, ready, static_cast<size_t>(width) * 4);
+  }
+
+ private:
+  const Attention& op_;
+  const AttentionTask& task_;
+  const int groups_, rows_, width_, size_;
+  float *scores_, *out_, *highest_, *total_;
+  Value *weights_, *queries_;
+};
+
+void attention(const Attention& op, const AttentionTask& task, Scratch scratch) {
+  if (op.cache.format == SK_F32) QueryTile<F32>(op, task, scratch).run();
+  else QueryTile<BF16>(op, task, scratch).run();
+}
+
+// Puts the parts of one token's context together; the parts of a KV head stand one after the other.
+void combine(const Attention& op, const float* partials, int splits, int64_t token, int kv_head) {
+  const int groups = op.heads / op.cache.kv_heads, width = op.cache.padded_dim, stride = width + PARTIAL_EXTRA;
+  alignas(64) float out[512];
+  for (int g = 0; g < groups; ++g) {
+    float top = NOTHING, total = 0;
+    for (int s = 0; s < splits; ++s) {
+      const float at = partials[(static_cast<size_t>(s) * groups + g) * stride + width];
+      top = at > top ? at : top;
+    }
+    for (int d = 0; d < width; ++d) out[d] = 0;
+    for (int s = 0; s < splits; ++s) {
+      const float* part = partials + (static_cast<size_t>(s) * groups + g) * stride;
+      const float by = part[width] == NOTHING ? 0.0f : std::exp(part[width] - top);
+      total += by * part[width + 1];
+      for (int d = 0; d < width; ++d) out[d] += by * part[d];
+    }
+    const size_t head = static_cast<size_t>(kv_head) * groups + g;
+    QueryTile<F32>::put_out(op, token, head, out, total != 0 ? 1.0f / total : 0.0f);
+  }
+}
+
+}  // namespace

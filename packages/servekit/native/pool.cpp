@@ -1,0 +1,51 @@
+#include "pool.h"
+
+namespace servekit {
+
+namespace {
+constexpr int SPINS_BEFORE_SLEEP = 4000;
+}
+
+Pool::Pool(int threads) : threads_(threads) {
+  for (int thread = 1; thread < threads_; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+}
+
+Pool::~Pool() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+  }
+  wake_.notify_all();
+  for (auto& worker : workers_) worker.join();
+}
+
+void Pool::run(const std::function<void(int)>& part) {
+  if (threads_ == 1) return part(0);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    part_ = &part;
+    open_.store(true);
+    started_.fetch_add(1);
+  }
+  wake_.notify_all();
+  part(0);
+  open_.store(false);
+  wait_until([this] { return inside_.load() == 0; });
+}
+
+void Pool::work(int thread) {
+  for (uint64_t seen = 0;;) {
+    for (int spins = 0; spins < SPINS_BEFORE_SLEEP && started_.load() == seen && !stopping_; ++spins) pause();
+    if (started_.load() == seen) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return stopping_ || started_.load() != seen; });
+      if (stopping_) return;
+    }
+    seen = started_.load();
+    inside_.fetch_add(1);
+    if (open_.load()) (*part_)(thread);  // or the run is over, and whoever began another waits for nobody
+    inside_.fetch_sub(1);
+  }
+}
+
+}  // namespace servekit

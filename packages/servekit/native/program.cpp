@@ -1,0 +1,397 @@
+// Programs, and the C interface.
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace servekit {
+
+int32_t padded_k(int32_t format, int32_t k);
+int64_t panel_size(int32_t format, int32_t k);
+void pack(Pool& pool, int32_t format, int32_t n, int32_t k, const void* const* rows, int32_t row_format,
+          uint8_t* target, float* scales);
+
+size_t attention_scratch(const Attention& op) {
+  const size_t groups = op.heads / op.cache.kv_heads, rows = std::max<size_t>(groups, QUERY_ROWS) + groups;
+  return rows * (KEY_TILE * 8 + static_cast<size_t>(op.cache.padded_dim) * 8 + 8) + 1024;
+}
+
+namespace {
+
+const Kernels* selected = nullptr;
+
+std::vector<const Kernels*> supported() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (vnni && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16_kernels);
+  if (vnni) found.push_back(&avx512_vnni_kernels);
+  if (avx512) found.push_back(&avx512_kernels);
+  if (avx2) found.push_back(&avx2_kernels);
+#endif
+  found.push_back(&scalar_kernels);
+  return found;
+}
+
+const Kernels& kernels() {
+  if (!selected) selected = supported().front();
+  return *selected;
+}
+
+struct Context {
+  const sk_step* step;
+  std::vector<int32_t> sequence_of;                  // of each token
+  std::vector<int64_t> first_of;                     // first token of each sequence
+};
+
+// An operation is cut into tasks that threads take one by one.
+struct Operation {
+  virtual ~Operation() = default;
+  virtual void prepare(const Context&) {}  // by one thread, before the step begins
+  virtual int tasks(const Context&) const = 0;
+  virtual void run(const Context&, int task, Scratch scratch) const = 0;
+  virtual size_t scratch() const { return 0; }
+  std::atomic<int> next{0}, done{0};
+  int64_t nanoseconds = 0;
+};
+
+int share(int64_t count, int part) { return static_cast<int>((count + part - 1) / part); }
+
+struct Embed final : Operation {
+  const void* table;
+  int32_t format, width;
+  sk_rows out;
+  static constexpr int PART = 16;
+  int tasks(const Context& c) const override { return share(c.step->tokens, PART); }
+  void run(const Context& c, int task, Scratch) const override {
+    const int last = std::min(c.step->tokens, (task + 1) * PART);
+    for (int t = task * PART; t < last; ++t) {
+      float* target = static_cast<float*>(out.data) + static_cast<size_t>(t) * out.stride;
+      const size_t from = static_cast<size_t>(c.step->token_ids[t]) * width;
+      if (format == SK_F32) {
+        std::memcpy(target, static_cast<const float*>(table) + from, static_cast<size_t>(width) * 4);
+        continue;
+      }
+      const auto* row = static_cast<const uint16_t*>(table) + from;
+      for (int d = 0; d < width; ++d) {
+        const uint32_t bits = static_cast<uint32_t>(row[d]) << 16;
+        std::memcpy(target + d, &bits, 4);
+      }
+    }
+  }
+};
+
+struct Norm final : Operation {
+  sk_rows x, out;
+  const float* weight;
+  float eps;
+  static constexpr int PART = 4;
+  int tasks(const Context& c) const override { return share(c.step->tokens, PART); }
+  void run(const Context& c, int task, Scratch) const override {
+    const int last = std::min(c.step->tokens, (task + 1) * PART);
+    for (int t = task * PART; t < last; ++t)
+      kernels().norm(static_cast<const float*>(x.data) + static_cast<size_t>(t) * x.stride, weight, eps, out, t);
+  }
+};
+
+struct Convert final : Operation {
+  sk_rows x, out;  // without data: the step's input
+  int32_t width;
+  static constexpr int PART = 4;
+  int tasks(const Context& c) const override { return share(c.step->tokens, PART); }
+  void run(const Context& c, int task, Scratch) const override {
+    const float* from = x.data ? static_cast<const float*>(x.data) : c.step->input;
+    const int64_t stride = x.data ? x.stride : c.step->input_stride;
+    const int last = std::min(c.step->tokens, (task + 1) * PART);
+    for (int t = task * PART; t < last; ++t) kernels().convert(from + t * stride, width, out, t);
+  }
+};
+
+struct Linear final : Operation {
+  sk_rows x, out;
+  sk_matrix weight;
+  int32_t epilogue, threads;
+  int panels() const { return weight.n / PANEL; }
+  // Parts of the rows: few, so that a panel is read by few, but enough tasks for threads to end together.
+  int parts(int tokens) const { return tokens <= 96 ? 1 : std::max(1, std::min(tokens / 48, share(24 * threads, panels()))); }
+  int tasks(const Context& c) const override { return panels() * parts(c.step->tokens); }
+  void run(const Context& c, int task, Scratch) const override {
+    const int count = parts(c.step->tokens), panel = task / count, part = task % count;
+    const int64_t tokens = c.step->tokens;
+    const int first = static_cast<int>(tokens * part / count), last = static_cast<int>(tokens * (part + 1) / count);
+    kernels().linear(weight, x, panel, first, last, epilogue, out);
+  }
+};
+
+struct RotaryOperation final : Operation {
+  Rotary op;
+  static constexpr int PART = 4;
+  int tasks(const Context& c) const override { return share(c.step->tokens, PART); }
+  void run(const Context& c, int task, Scratch) const override {
+    const sk_step& s = *c.step;
+    const int last = std::min(s.tokens, (task + 1) * PART), group = op.cache.group;
+    for (int t = task * PART; t < last; ++t) {
+      const int32_t sequence = c.sequence_of[t];
+      const int32_t* table = s.tables[group] + sequence * s.table_strides[group];
+      kernels().rotary(op, t, s.positions[t], table, t + 1 == s.tokens || c.sequence_of[t + 1] != sequence);
+    }
+  }
+};
+
+struct AttentionOperation final : Operation {
+  Attention op;
+  int threads;
+  std::vector<AttentionTask> work;
+  struct Split {
+    int64_t token;
+    size_t first;  // of the partial results
+    int splits;
+  };
+  std::vector<Split> split;  // the tokens whose context is cut, for the operation that follows
+  std::vector<float> partials;
+
+  size_t partial_size() const {
+    return static_cast<size_t>(op.heads / op.cache.kv_heads) * (op.cache.padded_dim + PARTIAL_EXTRA);
+  }
+
+  void prepare(const Context& c) override {
+    const sk_step& s = *c.step;
+    const int groups = op.heads / op.cache.kv_heads, size = op.cache.block_size, kv_heads = op.cache.kv_heads;
+    const int64_t tile = std::max(1, QUERY_ROWS / groups);
+    work.clear();
+    split.clear();
+    size_t used = 0;
+    const int64_t pieces = static_cast<int64_t>(s.sequences) * kv_heads;
+    for (int32_t i = 0; i < s.sequences; ++i) {
+      const int32_t* table = s.tables[op.cache.group] + i * s.table_strides[op.cache.group];
+      for (int64_t t = 0; t < s.counts[i]; t += tile) {
+        const int64_t tokens = std::min(tile, s.counts[i] - t), start = s.starts[i] + t;
+        const int64_t oldest = op.window ? std::max<int64_t>(0, start + 1 - op.window) / size * size : 0;
+        const int64_t last = start + tokens, keys = last - oldest;
+        int64_t splits = 1;
+        if (s.counts[i] == 1 && pieces < 4 * threads && threads > 1)
+          splits = std::max<int64_t>(1, std::min<int64_t>(keys / 256, share(4 * threads, static_cast<int>(pieces))));
+        const int64_t span = share(share(keys, static_cast<int>(splits)), size) * static_cast<int64_t>(size);
+        splits = share(keys, static_cast<int>(span));
+        if (splits > 1) split.push_back({c.first_of[i], used, static_cast<int>(splits)});
+        for (int32_t h = 0; h < kv_heads; ++h)
+          for (int64_t k = 0; k < splits; ++k) {
+            const int64_t from = oldest + k * span;
+            AttentionTask task{c.first_of[i] + t, table, start, from, std::min(last, from + span),
+                               static_cast<int32_t>(tokens), h, nullptr};
+            if (splits > 1) task.partial = reinterpret_cast<float*>(++used);  // becomes an address below
+            work.push_back(task);
+          }
+      }
+    }
+    if (partials.size() < used * partial_size()) partials.resize(used * partial_size());
+    for (auto& task : work)
+      if (task.partial) task.partial = partials.data() + (reinterpret_cast<size_t>(task.partial) - 1) * partial_size();
+    auto cost = [](const AttentionTask& a) { return (a.last_key - a.first_key) * a.num_tokens; };
+    if (s.tokens > s.sequences)  // long ones first, so that threads end together
+      std::stable_sort(work.begin(), work.end(), [&](const auto& a, const auto& b) { return cost(a) > cost(b); });
+  }
+  int tasks(const Context&) const override { return static_cast<int>(work.size()); }
+  void run(const Context&, int task, Scratch scratch) const override { kernels().attention(op, work[task], scratch); }
+  size_t scratch() const override { return attention_scratch(op); }
+};
+
+struct Combine final : Operation {
+  const AttentionOperation* from;
+  int tasks(const Context&) const override { return static_cast<int>(from->split.size()) * from->op.cache.kv_heads; }
+  void run(const Context&, int task, Scratch) const override {
+    const auto& split = from->split[task / from->op.cache.kv_heads];
+    const int head = task % from->op.cache.kv_heads;
+    const float* parts = from->partials.data() + (split.first + static_cast<size_t>(head) * split.splits) * from->partial_size();
+    kernels().combine(from->op, parts, split.splits, split.token, head);
+  }
+};
+
+}  // namespace
+}  // namespace servekit
+
+using namespace servekit;
+
+struct sk_pool {
+  Pool pool;
+};
+
+struct sk_program {
+  sk_pool* pool;
+  std::vector<std::unique_ptr<Operation>> operations;
+  std::vector<std::vector<uint8_t>> scratch;  // one a thread
+  Context context;
+
+  template <class Op>
+  Op& add() {
+    auto made = std::make_unique<Op>();
+    Op& op = *made;
+    operations.push_back(std::move(made));
+    return op;
+  }
+
+  void ready(const sk_step* step) {
+    context.step = step;
+    context.sequence_of.clear();
+    context.first_of.clear();
+    for (int32_t i = 0; i < step->sequences; ++i) {
+      context.first_of.push_back(static_cast<int64_t>(context.sequence_of.size()));
+      context.sequence_of.insert(context.sequence_of.end(), static_cast<size_t>(step->counts[i]), i);
+    }
+    size_t bytes = 0;
+    const AttentionOperation* before = nullptr;
+    for (auto& op : operations) {
+      auto* attention = dynamic_cast<AttentionOperation*>(op.get());
+      if (attention && before && attention->op.cache.group == before->op.cache.group &&
+          attention->op.window == before->op.window && attention->op.heads == before->op.heads &&
+          before->split.empty()) {
+        attention->work = before->work;  // layers of a group have the same tasks
+        attention->split.clear();
+      } else {
+        op->prepare(context);
+      }
+      if (attention) before = attention;
+      op->next.store(0, std::memory_order_relaxed);
+      op->done.store(0, std::memory_order_relaxed);
+      bytes = std::max(bytes, op->scratch());
+    }
+    for (auto& mine : scratch)
+      if (mine.size() < bytes + 64) mine.resize(bytes + 64);
+  }
+
+  void run(const sk_step* step) {
+    ready(step);
+    pool->pool.run([this](int thread) {
+      auto* aligned = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch[thread].data()) + 63) & ~uintptr_t{63});
+      const Scratch mine{aligned, scratch[thread].size()};
+      auto then = std::chrono::steady_clock::now();
+      for (auto& op : operations) {
+        const int count = op->tasks(context);
+        if (count == 0) continue;
+        for (int task = op->next.fetch_add(1, std::memory_order_relaxed); task < count;
+             task = op->next.fetch_add(1, std::memory_order_relaxed)) {
+          op->run(context, task, mine);
+          op->done.fetch_add(1, std::memory_order_release);
+        }
+        wait_until([&] { return op->done.load(std::memory_order_acquire) == count; });
+        if (thread == 0) {
+          const auto now = std::chrono::steady_clock::now();
+          op->nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(now - then).count();
+          then = now;
+        }
+      }
+    });
+  }
+};
+
+extern "C" {
+
+int32_t sk_api_version(void) { return SK_API_VERSION; }
+
+const char* sk_supported(void) {
+  static const std::string names = [] {
+    std::string all;
+    for (const Kernels* found : supported()) all += (all.empty() ? "" : " ") + std::string(found->name);
+    return all;
+  }();
+  return names.c_str();
+}
+
+int32_t sk_select(const char* name) {
+  for (const Kernels* found : supported())
+    if (std::strcmp(found->name, name) == 0) {
+      selected = found;
+      return 1;
+    }
+  return 0;
+}
+
+const char* sk_selected(void) { return kernels().name; }
+
+int32_t sk_input_format(int32_t weight_format) {
+  if (weight_format == SK_BF16) return kernels().bf16_inputs ? SK_BF16 : SK_F32;
+  return weight_format == SK_F32 ? SK_F32 : SK_I8;
+}
+
+sk_pool* sk_pool_new(int32_t threads) { return new sk_pool{Pool(threads)}; }
+void sk_pool_free(sk_pool* pool) { delete pool; }
+
+int32_t sk_padded_k(int32_t format, int32_t k) { return padded_k(format, k); }
+int64_t sk_packed_bytes(int32_t format, int32_t n, int32_t k) { return n / PANEL * panel_size(format, k); }
+
+void sk_pack(sk_pool* pool, int32_t format, int32_t n, int32_t k, const void* const* rows, int32_t row_format,
+             void* target, float* scales) {
+  pack(pool->pool, format, n, k, rows, row_format, static_cast<uint8_t*>(target), scales);
+}
+
+sk_program* sk_program_new(sk_pool* pool) {
+  auto* program = new sk_program;
+  program->pool = pool;
+  program->scratch.resize(pool->pool.threads());
+  return program;
+}
+void sk_program_free(sk_program* program) { delete program; }
+void sk_run(sk_program* program, const sk_step* step) { program->run(step); }
+
+int32_t sk_num_operations(const sk_program* program) { return static_cast<int32_t>(program->operations.size()); }
+
+void sk_profile(sk_program* program, int64_t* out) {
+  for (auto& op : program->operations) {
+    *out++ = op->nanoseconds;
+    op->nanoseconds = 0;
+  }
+}
+
+void sk_add_embed(sk_program* program, const void* table, int32_t format, int32_t width, const sk_rows* out) {
+  auto& op = program->add<Embed>();
+  op.table = table, op.format = format, op.width = width, op.out = *out;
+}
+
+void sk_add_norm(sk_program* program, const sk_rows* x, const float* weight, float eps, const sk_rows* out) {
+  auto& op = program->add<Norm>();
+  op.x = *x, op.weight = weight, op.eps = eps, op.out = *out;
+}
+
+void sk_add_convert(sk_program* program, const sk_rows* x, int32_t width, const sk_rows* out) {
+  auto& op = program->add<Convert>();
+  op.x = x ? *x : sk_rows{}, op.width = width, op.out = *out;
+}
+
+void sk_add_linear(sk_program* program, const sk_rows* x, const sk_matrix* weight, int32_t epilogue,
+                   const sk_rows* out) {
+  auto& op = program->add<Linear>();
+  op.x = *x, op.weight = *weight, op.epilogue = epilogue, op.out = *out, op.threads = program->pool->pool.threads();
+}
+
+void sk_add_rotary(sk_program* program, const sk_rows* qkv, int32_t heads, const float* angles, const float* q_norm,
+                   const float* k_norm, float eps, const sk_cache* cache, const sk_rows* queries) {
+  program->add<RotaryOperation>().op = {*qkv, *queries, *cache, angles, q_norm, k_norm, heads, eps};
+}
+
+void sk_add_attention(sk_program* program, const sk_rows* queries, int32_t heads, const sk_cache* cache, float scale,
+                      float soft_cap, int32_t window, const sk_rows* out) {
+  auto& op = program->add<AttentionOperation>();
+  op.op = {*queries, *out, *cache, heads, window, scale, soft_cap};
+  op.threads = program->pool->pool.threads();
+  program->add<Combine>().from = &op;
+}
+
+void sk_argmax(sk_pool* pool, const float* logits, int64_t rows, int64_t cols, int64_t stride, int64_t* ids,
+               float* highest) {
+  std::atomic<int64_t> next{0};
+  pool->pool.run([&](int) {
+    for (int64_t row = next++; row < rows; row = next++)
+      kernels().argmax(logits + row * stride, cols, ids + row, highest + row);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,182 @@
+// Work on one row at a time: norms, changes of format, rotary positions, the largest value.
+
+namespace {
+
+inline void quantize(const float* x, int width, const sk_rows& out, int row) {
+  int8_t* target = static_cast<int8_t*>(out.data) + static_cast<size_t>(row) * out.stride;
+  const int groups = out.stride / out.group;
+  for (int g = 0; g * out.group < width; ++g) {
+    const int first = g * out.group, count = width - first < out.group ? width - first : out.group;
+    alignas(64) float part[128];
+    for (int c = 0; c < out.group; c += LANES) store(part + c, vf{});
+    std::memcpy(part, x + first, static_cast<size_t>(count) * 4);
+    vf mosts = {}, broken = {};
+    for (int c = 0; c < out.group; c += LANES) {
+      const vf v = load(part + c);
+      mosts = larger(mosts, larger(v, -v));
+      broken += v - v;  // NaN once there is a NaN or an infinity
+    }
+    const float most = highest(mosts), inverse = most > 0 ? 127.0f / most : 0.0f;
+    vi total = {};
+    const bool is_broken = sum(broken) != 0.0f;
+    for (int c = 0; c < out.group; c += LANES)
+      store_bytes(target + first + c, is_broken ? vf{} : load(part + c) * inverse, &total);
+    out.scales[static_cast<size_t>(row) * groups + g] = is_broken ? NAN : most / 127.0f;
+    out.sums[static_cast<size_t>(row) * groups + g] = sum(total);
+  }
+}
+
+void convert(const float* x, int width, const sk_rows& out, int row) {
+  if (out.format == SK_I8) return quantize(x, width, out, row);
+  if (out.format == SK_BF16) {
+    store_bf16(static_cast<uint16_t*>(out.data) + static_cast<size_t>(row) * out.stride, x, width);
+  } else {
+    auto* target = static_cast<float*>(out.data) + static_cast<size_t>(row) * out.stride;
+    std::memcpy(target, x, static_cast<size_t>(width) * 4);
+  }
+}
+
+inline float mean_square(const float* x, int width) {
+  vf sums = {};
+  int c = 0;
+  for (; c + LANES <= width; c += LANES) sums += load(x + c) * load(x + c);
+  float total = sum(sums);
+  for (; c < width; ++c) total += x[c] * x[c];
+  return total / static_cast<float>(width);
+}
+
+inline void scaled(const float* x, const float* weight, float by, int width, float* out) {
+  int c = 0;
+  for (; c + LANES <= width; c += LANES) store(out + c, load(x + c) * by * load(weight + c));
+  for (; c < width; ++c) out[c] = x[c] * by * weight[c];
+}
+
+void norm(const float* x, const float* weight, float eps, const sk_rows& out, int row) {
+  const int width = out.cols;
+  const float by = 1.0f / std::sqrt(mean_square(x, width) + eps);
+  if (out.format == SK_F32) {
+    scaled(x, weight, by, width, static_cast<float*>(out.data) + static_cast<size_t>(row) * out.stride);
+    return;
+  }
+  constexpr int PART = 1024;  // a multiple of every group
+  alignas(64) float part[PART];
+  for (int first = 0; first < width; first += PART) {
+    const int count = width - first < PART ? width - first : PART;
+    scaled(x + first, weight + first, by, count, part);
+    sk_rows rest = out;
+    const size_t size = out.format == SK_I8 ? 1 : 2;
+    rest.data = static_cast<uint8_t*>(out.data) + first * size;
+    if (out.format == SK_I8) {
+      rest.scales = out.scales + first / out.group;
+      rest.sums = out.sums + first / out.group;
+    }
+    convert(part, count, rest, row);
+  }
+}
+
+inline void copy_as(float* to, const float* from, int count) { std::memcpy(to, from, static_cast<size_t>(count) * 4); }
+inline void copy_as(uint16_t* to, const float* from, int count) { store_bf16(to, from, count); }
+
+// The halves of a head turn against each other.
+inline void turn(const float* x, const float* cosines, const float* sines, int half, float* out) {
+  int d = 0;
+  for (; d + LANES <= half; d += LANES) {
+    const vf a = load(x + d), b = load(x + half + d), c = load(cosines + d), s = load(sines + d);
+    store(out + d, a * c - b * s);
+    store(out + half + d, b * c + a * s);
+  }
+  for (; d < half; ++d) {
+    out[d] = x[d] * cosines[d] - x[half + d] * sines[d];
+    out[half + d] = x[half + d] * cosines[d] + x[d] * sines[d];
+  }
+}
+
+// `Stored` is what the cache holds, in groups of DEPTH: [width / DEPTH][block_size][DEPTH] for keys, and
+// [block_size / DEPTH][width][DEPTH] for values.
+template <class D, class Stored, int DEPTH>
+void rotary_as(const servekit::Rotary& op, int token, int64_t position, const int32_t* table, bool is_last) {
+  const int width = op.cache.head_dim, half = width / 2, padded = op.cache.padded_dim, size = op.cache.block_size;
+  const int kv_heads = op.cache.kv_heads;
+  const float* from = static_cast<const float*>(op.qkv.data) + static_cast<size_t>(token) * op.qkv.stride;
+  const float *cosines = op.angles + position * width, *sines = cosines + half;
+  auto* queries = static_cast<typename D::Value*>(op.queries.data) + static_cast<size_t>(token) * op.queries.stride;
+  const size_t block_values = static_cast<size_t>(kv_heads) * size * padded;
+  Stored* keys = static_cast<Stored*>(op.cache.data) + static_cast<size_t>(table[position / size]) * block_values;
+  Stored* values = keys + static_cast<size_t>(op.cache.num_blocks) * block_values;
+  const int offset = static_cast<int>(position % size);
+  alignas(64) float normed[512], turned[512];
+  alignas(64) Stored ready[512];
+  for (int head = 0; head < op.heads + kv_heads; ++head) {
+    const float* x = from + static_cast<size_t>(head) * width;
+    const bool is_query = head < op.heads;
+    const float* weight = is_query ? op.q_norm : op.k_norm;
+    if (weight) {
+      scaled(x, weight, 1.0f / std::sqrt(mean_square(x, width) + op.eps), width, normed);
+      x = normed;
+    }
+    turn(x, cosines, sines, half, turned);
+    if (is_query) {
+      copy_as(queries + static_cast<size_t>(head) * padded, turned, width);
+      continue;
+    }
+    copy_as(ready, turned, width);
+    Stored* target = keys + static_cast<size_t>(head - op.heads) * size * padded + offset * DEPTH;
+    for (int d = 0; d < width; d += DEPTH) std::memcpy(target + static_cast<size_t>(d) * size, ready + d, 4);
+  }
+  for (int head = 0; head < kv_heads; ++head) {
+    copy_as(ready, from + static_cast<size_t>(op.heads + kv_heads + head) * width, width);
+    Stored* target = values + static_cast<size_t>(head) * size * padded;
+    target += static_cast<size_t>(offset / DEPTH) * padded * DEPTH + offset % DEPTH;
+    if (DEPTH == 2 && is_last && offset % 2 == 0)  // its partner is read with it: it must be a number
+      for (int d = 0; d < width; ++d) {
+        target[static_cast<size_t>(d) * DEPTH] = ready[d];
+        target[static_cast<size_t>(d) * DEPTH + 1] = 0;
+      }
+    else
+      for (int d = 0; d < width; ++d) target[static_cast<size_t>(d) * DEPTH] = ready[d];
+  }
+}
+
+void rotary(const servekit::Rotary& op, int token, int64_t position, const int32_t* table, bool is_last) {
+  if (op.cache.format == SK_F32) rotary_as<F32, float, 1>(op, token, position, table, is_last);
+  else rotary_as<BF16, uint16_t, 2>(op, token, position, table, is_last);
+}
+
+void argmax(const float* x, int64_t cols, int64_t* id, float* best) {
+  vf most = all(-INFINITY);
+  vf broken = {};
+  int64_t c = 0;
+  for (; c + LANES <= cols; c += LANES) {
+    const vf v = load(x + c);
+    most = larger(most, v);
+    broken = broken + (v - v) * 0.0f;  // NaN once there is a NaN or an infinity
+  }
+  float top = highest(most), rest = sum(broken);
+  for (; c < cols; ++c) {
+    top = x[c] > top ? x[c] : top;
+    rest += (x[c] - x[c]) * 0.0f;
+  }
+  *best = top;
+  *id = 0;
+  if (rest != rest)
+    for (c = 0; c < cols; ++c)
+      if (x[c] != x[c]) {
+        *best = NAN;
+        *id = c;
+        return;
+      }
+  const vf tops = all(top);
+  for (c = 0; c + LANES <= cols; c += LANES) {
+    const vi same = load(x + c) == tops;
+    bool any = false;
+    for (int i = 0; i < LANES; ++i) any |= same[i] != 0;
+    if (any) break;
+  }
+  for (; c < cols; ++c)
+    if (x[c] == top) {
+      *id = c;
+      return;
+    }
+}
+
+}  // namespace

@@ -1,0 +1,192 @@
+// Vectors of one instruction set. This file is compiled once for each; everything in it is local to that object.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;  // SSE2 or NEON, by the compiler
+#endif
+
+constexpr int VECTOR = LANES * 4;  // bytes
+
+typedef float vf __attribute__((vector_size(VECTOR)));
+typedef int32_t vi __attribute__((vector_size(VECTOR)));
+typedef uint32_t vu __attribute__((vector_size(VECTOR)));
+typedef uint8_t vb __attribute__((vector_size(VECTOR)));
+typedef float vf_any __attribute__((vector_size(VECTOR), aligned(1), may_alias));
+typedef int32_t vi_any __attribute__((vector_size(VECTOR), aligned(1), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(VECTOR), aligned(1), may_alias));
+
+inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+inline vu load_words(const void* p) { return *reinterpret_cast<const vu_any*>(p); }
+inline void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
+inline vf all(float x) { return x - vf{}; }
+inline vi all_int(int32_t x) { return x - vi{}; }
+inline vf larger(vf a, vf b) { return a > b ? a : b; }
+inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+inline vf low_halves(vu x) { return reinterpret_cast<vf>(x << 16); }
+inline vf high_halves(vu x) { return reinterpret_cast<vf>(x & 0xffff0000u); }
+
+#if defined(__AVX512F__)
+inline float sum(vf x) { return _mm512_reduce_add_ps((__m512)x); }
+inline float highest(vf x) { return _mm512_reduce_max_ps((__m512)x); }
+inline int32_t sum(vi x) { return _mm512_reduce_add_epi32((__m512i)x); }
+#else
+inline float sum(vf x) {
+  float total = 0;
+  for (int i = 0; i < LANES; ++i) total += x[i];
+  return total;
+}
+inline float highest(vf x) {
+  float best = x[0];
+  for (int i = 1; i < LANES; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+inline int32_t sum(vi x) {
+  int32_t total = 0;
+  for (int i = 0; i < LANES; ++i) total += x[i];
+  return total;
+}
+#endif
+
+// e ** x to about 2 units in the last place; 0 below -87 (Moshier's Cephes, expf).
+inline vf exponential(vf x) {
+  const vf inside = larger(x < 88.0f ? x : all(88.0f), all(-87.0f));
+  const vi power = __builtin_convertvector(inside * 1.44269504f + (inside < 0.0f ? all(-0.5f) : all(0.5f)), vi);
+  const vf n = to_float(power);
+  const vf rest = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf series = all(1.9875691500e-4f);
+  series = series * rest + 1.3981999507e-3f;
+  series = series * rest + 8.3334519073e-3f;
+  series = series * rest + 4.1665795894e-2f;
+  series = series * rest + 1.6666665459e-1f;
+  series = series * rest + 5.0000001201e-1f;
+  series = series * rest * rest + rest + 1.0f;
+  const vf scale = reinterpret_cast<vf>((power + 127) << 23);
+  return x < -87.0f ? vf{} : series * scale;
+}
+
+inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);  // stays a NaN
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline float from_bf16(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+inline void store_bf16(uint16_t* p, vf x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+  for (int i = 0; i < LANES; ++i) p[i] = to_bf16(x[i]);
+#endif
+}
+
+inline void store_bf16(uint16_t* p, const float* x, int count) {
+  int i = 0;
+  for (; i + LANES <= count; i += LANES) store_bf16(p + i, load(x + i));
+  for (; i < count; ++i) p[i] = to_bf16(x[i]);
+}
+
+typedef int8_t vq __attribute__((vector_size(LANES)));
+typedef int8_t vq_any __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+// The nearest whole numbers, as bytes; their sum is added to `total`. |x| is at most 127.
+inline void store_bytes(int8_t* p, vf x, vi* total) {
+  constexpr float magic = 12582912.0f;  // 1.5 * 2 ** 23: what is added to it is rounded to a whole number
+  const vi whole = __builtin_convertvector((x + magic) - magic, vi);
+  *total += whole;
+  *reinterpret_cast<vq_any*>(p) = __builtin_convertvector(whole, vq);
+}
+
+// One step of a product: LANES columns of a weight, and as many of its rows as fit in 32 bits, times a row's values.
+struct F32 {
+  using Value = float;          // of an activation
+  using Weights = vf;           // LANES columns, one row
+  static constexpr int DEPTH = 1;
+  static Weights load(const uint8_t* p) { return ::load(reinterpret_cast<const float*>(p)); }
+  static vf add(vf sum, const Weights& w, const Value* x) { return w * *x + sum; }
+  static void put(Value* p, float x) { *p = x; }
+  static void put_all(Value* p, vf x) { store(p, x); }
+};
+
+struct EmulatedBF16 {
+  using Value = float;
+  struct Weights {
+    vf even, odd;
+  };
+  static constexpr int DEPTH = 2;
+  static Weights load(const uint8_t* p) {
+    const vu words = load_words(p);
+    return {low_halves(words), high_halves(words)};
+  }
+  static vf add(vf sum, const Weights& w, const Value* x) { return w.odd * x[1] + (w.even * x[0] + sum); }
+  static void put(Value* p, float x) { *p = x; }
+  static void put_all(Value* p, vf x) { store(p, x); }
+};
+
+#if defined(__AVX512BF16__)
+struct BF16 {
+  using Value = uint16_t;
+  using Weights = __m512bh;
+  static constexpr int DEPTH = 2;
+  static Weights load(const uint8_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static vf add(vf sum, const Weights& w, const Value* x) {
+    int32_t pair;
+    std::memcpy(&pair, x, 4);
+    return (vf)_mm512_dpbf16_ps((__m512)sum, w, (__m512bh)_mm512_set1_epi32(pair));
+  }
+  static void put(Value* p, float x) { *p = to_bf16(x); }
+  static void put_all(Value* p, vf x) { store_bf16(p, x); }
+};
+#else
+using BF16 = EmulatedBF16;
+#endif
+
+inline int32_t four(const int8_t* x) {
+  int32_t word;
+  std::memcpy(&word, x, 4);
+  return word;
+}
+
+// sum + four unsigned bytes of each lane of `w` times the four signed bytes of `x`.
+// `small`: no byte of w is above 15.
+template <bool small>
+inline vi dot4(vi sum, vu w, const int8_t* x) {
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(four(x)));
+#elif defined(__AVX512BW__)
+  const __m512i a = _mm512_set1_epi32(four(x)), ones = _mm512_set1_epi16(1);
+  if (small) return sum + (vi)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)w, a), ones);
+  const __m512i even = _mm512_and_si512((__m512i)w, _mm512_set1_epi16(255)), odd = _mm512_srli_epi16((__m512i)w, 8);
+  const __m512i a_even = _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8), a_odd = _mm512_srai_epi16(a, 8);
+  return sum + (vi)_mm512_madd_epi16(even, a_even) + (vi)_mm512_madd_epi16(odd, a_odd);
+#elif defined(__AVX2__)
+  const __m256i a = _mm256_set1_epi32(four(x)), ones = _mm256_set1_epi16(1);
+  if (small) return sum + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w, a), ones);
+  const __m256i even = _mm256_and_si256((__m256i)w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16((__m256i)w, 8);
+  const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), a_odd = _mm256_srai_epi16(a, 8);
+  return sum + (vi)_mm256_madd_epi16(even, a_even) + (vi)_mm256_madd_epi16(odd, a_odd);
+#else
+  for (int i = 0; i < 4; ++i) sum += reinterpret_cast<vi>((w >> (8 * i)) & 255u) * static_cast<int32_t>(x[i]);
+  return sum;
+#endif
+}
+
+}  // namespace

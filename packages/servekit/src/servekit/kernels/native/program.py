@@ -1,0 +1,175 @@
+"""A list of operations, recorded once and run by one call a step."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from servekit.kernels.native.library import CCache, CRows, CStep, Format, Library, Pool
+from servekit.kernels.native.packing import PANEL, PackedWeight, aligned
+from servekit.kernels.paged_attention.metadata import StepRows
+
+NUMPY: dict[Format, np.dtype[Any]] = {
+    Format.F32: np.dtype(np.float32),
+    Format.BF16: np.dtype(np.uint16),
+    Format.I8: np.dtype(np.int8),
+}
+
+
+class Epilogue(IntEnum):
+    """What becomes of a product: ``sk_epilogue``."""
+
+    STORE = 0
+    ADD = 1  # to what is there
+    SWIGLU = 2  # silu(gate) * up
+
+
+class Rows:
+    """Activations, ``[capacity, cols]``; rows are padded with zeros to 64 numbers."""
+
+    def __init__(self, capacity: int, cols: int, format: Format = Format.F32, group: int = PANEL) -> None:
+        self.cols = cols
+        self.format = format
+        self.stride = -(-cols // PANEL) * PANEL
+        kind = NUMPY[format]
+        self._data = aligned(capacity * self.stride * kind.itemsize).view(kind).reshape(capacity, self.stride)
+        parts = (capacity, self.stride // group) if format is Format.I8 else (0, 0)
+        self._scales, self._sums = np.zeros(parts, np.float32), np.zeros(parts, np.int32)
+        self.c = CRows(
+            self._data.ctypes.data, self._scales.ctypes.data, self._sums.ctypes.data, format, cols, self.stride, group
+        )
+
+    def tensor(self) -> Tensor:
+        """``[capacity, cols]`` float32, a view."""
+        return torch.from_numpy(self._data)[:, : self.cols]
+
+    @classmethod
+    def input_of(cls, weight: PackedWeight, library: Library, capacity: int) -> Rows:
+        """Rows in the format that ``weight``'s product reads."""
+        return cls(capacity, weight.in_features, library.input_format(weight.format), weight.matrix.group)
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """A layer's paged cache as the kernels see it; ``tensor`` is ``[2, blocks, block_size, kv_heads, padded]``.
+
+    Only its first dimensions mean what they say: within a block keys and values lie as ``native/attention.inc.h`` has
+    them. ``head_dim`` is what the model has, ``padded`` the next multiple of 16.
+    """
+
+    tensor: Tensor
+    head_dim: int
+    group: int
+
+    @property
+    def c(self) -> CCache:
+        _, num_blocks, block_size, kv_heads, padded = self.tensor.shape
+        format = Format.BF16 if self.tensor.dtype == torch.bfloat16 else Format.F32
+        return CCache(
+            self.tensor.data_ptr(), num_blocks, format, block_size, kv_heads, self.head_dim, padded, self.group
+        )
+
+
+class Program:
+    """Operations in the order in which they were added. Whatever they refer to is kept alive."""
+
+    def __init__(self, library: Library, pool: Pool) -> None:
+        self._c = library.c
+        self._pool = pool
+        self._kept: list[object] = []
+        self._names: list[str] = []
+        self._handle = self._c.sk_program_new(pool.handle)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._c.sk_program_free(self._handle)
+
+    def embed(self, table: Tensor, out: Rows) -> None:
+        """``table`` is [vocab, hidden], float32 or bfloat16, contiguous."""
+        format = Format.BF16 if table.dtype == torch.bfloat16 else Format.F32
+        self._c.sk_add_embed(self._handle, table.data_ptr(), format, table.shape[1], out.c)
+        self._keep("embed", table, out)
+
+    def norm(self, x: Rows, weight: Tensor, eps: float, out: Rows) -> None:
+        """RMSNorm; ``weight`` is [hidden] float32."""
+        self._c.sk_add_norm(self._handle, x.c, weight.data_ptr(), eps, out.c)
+        self._keep("norm", x, weight, out)
+
+    def convert(self, x: Rows | None, width: int, out: Rows) -> None:
+        """``x`` float32, or the input that ``run`` is given, into the format of ``out``."""
+        self._c.sk_add_convert(self._handle, None if x is None else x.c, width, out.c)
+        self._keep("convert", x, out)
+
+    def linear(self, x: Rows, weight: PackedWeight, out: Rows, epilogue: Epilogue = Epilogue.STORE) -> None:
+        self._c.sk_add_linear(self._handle, x.c, weight.matrix, epilogue, out.c)
+        self._keep("linear", x, weight, out)
+
+    def rotary(
+        self,
+        qkv: Rows,
+        heads: int,
+        angles: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        cache: Cache,
+        queries: Rows,
+    ) -> None:
+        """Turn queries and keys, and write keys and values to their blocks.
+
+        Args:
+            angles: ``[positions, head_dim]`` float32: cosines of the first half, then sines.
+            norms: of queries and keys, ``[head_dim]`` float32 each.
+        """
+        q_norm, k_norm = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
+        self._c.sk_add_rotary(self._handle, qkv.c, heads, angles.data_ptr(), q_norm, k_norm, eps, cache.c, queries.c)
+        self._keep("rotary", qkv, angles, norms, cache, queries)
+
+    def attention(
+        self,
+        queries: Rows,
+        heads: int,
+        cache: Cache,
+        out: Rows,
+        *,
+        scale: float,
+        soft_cap: float = 0.0,
+        window: int = 0,
+    ) -> None:
+        self._c.sk_add_attention(self._handle, queries.c, heads, cache.c, scale, soft_cap, window, out.c)
+        self._keep("attention", queries, cache, out)
+        self._names.append("combine")
+
+    def run(self, token_ids: Tensor, positions: Tensor, rows: Sequence[StepRows]) -> None:
+        """Run over the tokens of a step; ``token_ids`` and ``positions`` ``[tokens]`` int64."""
+        step = CStep(tokens=len(token_ids), sequences=len(rows[0].starts))
+        step.token_ids, step.positions = token_ids.data_ptr(), positions.data_ptr()
+        step.starts, step.counts = rows[0].starts.ctypes.data, rows[0].counts.ctypes.data
+        for group, given in enumerate(rows):
+            step.tables[group] = given.tables.ctypes.data
+            step.table_strides[group] = given.tables.shape[1]
+        self._c.sk_run(self._handle, ctypes.byref(step))
+
+    def run_rows(self, x: Tensor) -> None:
+        """Run a program that begins with ``convert(None, ...)`` over ``x`` ``[rows, width]`` float32."""
+        step = CStep(tokens=len(x), sequences=0, input=x.data_ptr(), input_stride=x.stride(0))
+        self._c.sk_run(self._handle, ctypes.byref(step))
+
+    def profile(self) -> dict[str, float]:
+        """Seconds in each kind of operation since it was asked last."""
+        taken = np.zeros(len(self._names), np.int64)
+        self._c.sk_profile(self._handle, taken.ctypes.data)
+        found: dict[str, float] = {}
+        for name, nanoseconds in zip(self._names, taken.tolist(), strict=True):
+            found[name] = found.get(name, 0.0) + nanoseconds / 1e9
+        return found
+
+    def _keep(self, name: str, *things: object) -> None:
+        self._names.append(name)
+        self._kept.append(things)

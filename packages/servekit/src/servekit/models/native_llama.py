@@ -1,0 +1,175 @@
+"""The Llama family on the C++ kernels: recorded once as a program, replayed by one call a step.
+
+What flows between the layers is float32; weights are float32, bfloat16, or 8 or 4 bits wide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common_platform.artifact import ModelFolder
+from servekit.kernels.native import Cache, Epilogue, Format, Library, PackedWeight, Program, Rows, pack
+from servekit.kernels.native.library import Pool
+from servekit.layers.attention import Attention, StepInputs
+from servekit.layers.rotary import inverse_frequencies
+from servekit.layers.weights import Weights
+from servekit.models.llama import LlamaConfig, kv_groups_of
+
+HEAD_UNIT = 16  # numbers of a head are padded to this many
+MAX_HEAD_DIM = 512
+SMALLEST_CAPACITY = 64  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's weights."""
+
+    input_norm: Tensor
+    qkv: PackedWeight
+    head_norms: tuple[Tensor, Tensor] | None
+    out: PackedWeight
+    post_norm: Tensor
+    gate_up: PackedWeight
+    down: PackedWeight
+
+
+class Operand:
+    """What one operation writes and a product reads: 8-bit rows are written as floats first, for their scales."""
+
+    def __init__(self, rows: Rows, capacity: int) -> None:
+        self._rows = rows
+        self.written = Rows(capacity, rows.cols) if rows.format is Format.I8 else rows
+
+    def settled(self, program: Program) -> Rows:
+        """The rows to read, after the operation that brings them there."""
+        if self.written is not self._rows:
+            program.convert(self.written, self._rows.cols, self._rows)
+        return self._rows
+
+
+class NativeLlama:
+    """A ``CausalModel``: what ``models.llama.Llama`` computes, for one rank on a CPU.
+
+    Args:
+        format: of the weights of linear layers.
+        pool: threads that nobody else uses.
+    """
+
+    def __init__(self, weights: Weights, max_positions: int, library: Library, pool: Pool, format: Format) -> None:
+        self._library, self._pool = library, pool
+        self._weights = weights
+        self._format = format
+        config = LlamaConfig.read(weights.folder)
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.kv_groups = kv_groups_of(config.windows)
+        group_of = {layer: i for i, group in enumerate(self.kv_groups) for layer in group.layers}
+        padded = -(-config.head_dim // HEAD_UNIT) * HEAD_UNIT
+        self.attentions = [
+            Attention(config.num_heads, config.num_kv_heads, padded, scale=config.head_dim**-0.5, group=group_of[layer])
+            for layer in range(config.num_layers)
+        ]
+        self._load(weights)
+        frequencies, factor = inverse_frequencies(config.rope, config.head_dim, config.max_positions)
+        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
+        self._angles = torch.cat((angles.cos() * factor, angles.sin() * factor), dim=1).contiguous()
+        self._recorded_for: tuple[Tensor, int] | None = None
+        self._record_head(1)
+
+    @staticmethod
+    def reason_against(folder: ModelFolder) -> str | None:
+        """Why the kernels cannot run the model in ``folder``; None where they can."""
+        width = LlamaConfig.read(folder).head_dim
+        if width % 2 or width > MAX_HEAD_DIM:
+            return f"head_dim is {width}, and they know even ones up to {MAX_HEAD_DIM}"
+        return None
+
+    def _load(self, weights: Weights) -> None:
+        config, hidden = self.config, self.config.hidden_size
+        table = weights.read("model.embed_tokens.weight", (config.vocab_size, hidden))
+        self._table = (table if table.dtype in (torch.bfloat16, torch.float32) else table.float()).contiguous()
+        self._layers = [self._read_layer(index) for index in range(config.num_layers)]
+        self._norm = self._vector("model.norm.weight", hidden)
+        head = self._table if config.tied else weights.read("lm_head.weight", (config.vocab_size, hidden))
+        self._head = pack(self._library, self._pool, self._format, [head])
+
+    def _read_layer(self, index: int) -> Layer:
+        config, at = self.config, f"model.layers.{index}"
+        hidden, width = config.hidden_size, config.head_dim
+        outs = [config.num_heads * width, config.num_kv_heads * width, config.num_kv_heads * width]
+        qkv = {f"{at}.self_attn.{part}_proj": out for part, out in zip("qkv", outs, strict=True)}
+        mlp = {f"{at}.mlp.{part}_proj": config.intermediate_size for part in ("gate", "up")}
+        norms = [f"{at}.self_attn.{part}_norm.weight" for part in "qk"]
+        return Layer(
+            self._vector(f"{at}.input_layernorm.weight", hidden),
+            self._linear(qkv, hidden, bias=config.qkv_bias),
+            (self._vector(norms[0], width), self._vector(norms[1], width)) if config.qk_norm else None,
+            self._linear({f"{at}.self_attn.o_proj": hidden}, outs[0], bias=config.out_bias),
+            self._vector(f"{at}.post_attention_layernorm.weight", hidden),
+            self._linear(mlp, hidden, bias=config.mlp_bias, gated=True),
+            self._linear({f"{at}.mlp.down_proj": hidden}, config.intermediate_size, bias=config.mlp_bias),
+        )
+
+    def _vector(self, name: str, size: int) -> Tensor:
+        return self._weights.read(name, (size,)).float().contiguous()
+
+    def _linear(self, outs: dict[str, int], width: int, *, bias: bool, gated: bool = False) -> PackedWeight:
+        parts = [self._weights.read(f"{name}.weight", (out, width)) for name, out in outs.items()]
+        offsets = [self._weights.read(f"{name}.bias", (out,)) for name, out in outs.items()] if bias else []
+        return pack(self._library, self._pool, self._format, parts, offsets, gated=gated)
+
+    def forward(self, step: StepInputs) -> Tensor:
+        """The last hidden states, ``[tokens, hidden]`` float32: valid until the next call."""
+        tokens = len(step.token_ids)
+        cache = self.attentions[0].cache
+        if self._recorded_for is None or self._recorded_for[0] is not cache or self._recorded_for[1] < tokens:
+            self._record(max(SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length()))
+        self._program.run(step.token_ids, step.positions, step.rows)
+        return self._hidden[:tokens]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[rows, hidden]`` -> ``[rows, vocab]`` float32: valid until the next call."""
+        if len(hidden) > len(self._logits):
+            self._record_head(1 << (len(hidden) - 1).bit_length())
+        self._head_program.run_rows(hidden)
+        return self._logits[: len(hidden)]
+
+    def _record_head(self, capacity: int) -> None:
+        program = Program(self._library, self._pool)
+        x = Rows.input_of(self._head, self._library, capacity)
+        out = Rows(capacity, self.vocab_size)
+        program.convert(None, self.config.hidden_size, x)
+        program.linear(x, self._head, out)
+        self._head_program, self._logits = program, out.tensor()
+
+    def _record(self, capacity: int) -> None:
+        """The operations of a step of up to ``capacity`` tokens, on the caches that are bound now."""
+        config, library, eps = self.config, self._library, self.config.eps
+        program = Program(library, self._pool)
+        first = self._layers[0]
+        is_low = self.attentions[0].cache.dtype == torch.bfloat16
+        padded = self.attentions[0].head_dim
+        x, hidden = Rows(capacity, config.hidden_size), Rows(capacity, config.hidden_size)
+        normed = Rows.input_of(first.qkv, library, capacity)
+        qkv = Rows(capacity, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+        queries = Rows(capacity, config.num_heads * padded, library.input_format(Format.BF16 if is_low else Format.F32))
+        attended = Operand(Rows.input_of(first.out, library, capacity), capacity)
+        inner = Operand(Rows.input_of(first.down, library, capacity), capacity)
+        program.embed(self._table, x)
+        for layer, attention in zip(self._layers, self.attentions, strict=True):
+            cache = Cache(attention.cache, config.head_dim, attention.group)
+            window = self.kv_groups[attention.group].window
+            program.norm(x, layer.input_norm, eps, normed)
+            program.linear(normed, layer.qkv, qkv)
+            program.rotary(qkv, config.num_heads, self._angles, layer.head_norms, eps, cache, queries)
+            program.attention(queries, config.num_heads, cache, attended.written, scale=attention.scale, window=window)
+            program.linear(attended.settled(program), layer.out, x, Epilogue.ADD)
+            program.norm(x, layer.post_norm, eps, normed)
+            program.linear(normed, layer.gate_up, inner.written, Epilogue.SWIGLU)
+            program.linear(inner.settled(program), layer.down, x, Epilogue.ADD)
+        program.norm(x, self._norm, eps, hidden)
+        self._program, self._hidden = program, hidden.tensor()
+        self._recorded_for = (self.attentions[0].cache, capacity)
