@@ -17,6 +17,7 @@ PACKAGES = ("common-platform", "trainkit", "servekit")
 CONSTRAINTS = ROOT / "constraints" / "ci.txt"
 REAL_MODEL = ["transformers", "gguf", "accelerate"]
 TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "openai", "httpx", "psutil", "matplotlib"]
+SANITIZERS = ["libasan.so", "libubsan.so"]
 TEST_EXTRAS = ["llguidance", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"]
 
 nox.options.sessions = ["tests", "lint", "types", "build"]
@@ -58,6 +59,21 @@ def slow(session: nox.Session) -> None:
     """The tests that take minutes each."""
     install(session, *REAL_MODEL, *TEST_NEEDS, *TEST_EXTRAS)
     session.run("python", "-m", "pytest", "-m", "slow", "--timeout", "3600", *session.posargs)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """The C++ kernels under the sanitizers of addresses and undefined behaviour."""
+    install(session, *TEST_NEEDS)
+    session.run("python", "packages/servekit/hatch_build.py", "--sanitize")
+    try:
+        runtime = [
+            session.run("g++", f"-print-file-name={name}", silent=True, external=True).strip() for name in SANITIZERS
+        ]
+        env = {"LD_PRELOAD": ":".join(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
+        session.run("python", "-m", "pytest", "tests/servekit/kernels/test_native.py", "--timeout", "1800", env=env)
+    finally:
+        session.run("python", "packages/servekit/hatch_build.py")
 
 
 @nox.session

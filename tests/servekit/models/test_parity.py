@@ -68,11 +68,12 @@ def assert_is_greedy(model, prompt, entries, tolerance):
         assert abs(float(row[entry.token_id]) - entry.logprob) < tolerance
 
 
+@pytest.mark.parametrize("kernels", ["reference", "native"])
 @pytest.mark.parametrize(
-    ("budget", "together", "block_size"), [(2048, False, 16), (2048, True, 8), (7, True, 16), (16, False, 8)]
+    ("budget", "together", "block_size"), [(2048, False, 16), (2048, True, 8), (7, True, 16), (16, False, 32)]
 )
-def test_tokens_and_logprobs_equal_transformers(tiny, budget, together, block_size):
-    executor = InProcessExecutor(tiny, ExecutorConfig())
+def test_tokens_and_logprobs_equal_transformers(tiny, budget, together, block_size, kernels):
+    executor = InProcessExecutor(tiny, ExecutorConfig(kernels=kernels))
     config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=budget, max_model_len=256)
     asked = prompts(6)
     found, stats = run(executor, asked, 12, config, block_size=block_size, together=together)
@@ -84,8 +85,9 @@ def test_tokens_and_logprobs_equal_transformers(tiny, budget, together, block_si
     assert stats.prefix_hit_tokens > 0 or together
 
 
-def test_score_equals_transformers(tiny):
-    executor = InProcessExecutor(tiny, ExecutorConfig())
+@pytest.mark.parametrize("kernels", ["reference", "native"])
+def test_score_equals_transformers(tiny, kernels):
+    executor = InProcessExecutor(tiny, ExecutorConfig(kernels=kernels))
     prompt = prompts(4)[3]
     found = executor.score(prompt)
     executor.stop()
@@ -126,7 +128,7 @@ def test_two_ranks_together_are_the_model(tmp_path_factory):
         barrier.wait()
         return both
 
-    whole = InProcessExecutor(path, ExecutorConfig())
+    whole = InProcessExecutor(path, ExecutorConfig(kernels="reference"))
     expected = whole.score(list(range(3, 40)))
     whole.stop()
     found: list = [None, None]

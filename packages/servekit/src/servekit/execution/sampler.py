@@ -19,6 +19,7 @@ from common_platform.errors import PlatformError
 from servekit.core.plan import TokenLogprob
 from servekit.execution import sampling_ops as ops
 from servekit.execution.logits_processors import LogitsProcessor, make_processors
+from servekit.kernels.argmax import argmax_for
 from servekit.sampling.parameters import SamplingParams
 
 NO_TOKEN = -1
@@ -88,6 +89,7 @@ class Sampler:
     def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device | str = "cpu") -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
+        self._argmax = argmax_for(self.device)
         self._rows: dict[int, SamplerRow] = {}
         self._special: set[int] = set()  # slots that want more than their most likely token
         self._grammars: set[int] = set()
@@ -167,7 +169,7 @@ class Sampler:
             logits: ``[len(slots), vocab]`` float32, as the model made them; not changed.
         """
         if not self._special:
-            highest, greedy = logits.max(dim=-1)
+            highest, greedy = self._argmax(logits)
             if bool(torch.isfinite(highest).all()):
                 return SampleOutput(greedy.tolist())
         return self._sample(logits, slots)
@@ -178,7 +180,7 @@ class Sampler:
         raw = logits
         logits = self._edited(logits, slots, rows, errors)
         logits = self._penalised(logits, slots, rows)
-        highest, greedy = logits.max(dim=-1)
+        highest, greedy = self._argmax(logits)
         tokens = self._drawn(logits, np.asarray(slots), rows, greedy).tolist()
         self._find_broken(raw, highest, slots, errors)
         output = SampleOutput(tokens, errors=errors)

@@ -54,7 +54,7 @@ class NativeLlama:
     """A ``CausalModel``: what ``models.llama.Llama`` computes, for one rank on a CPU.
 
     Args:
-        format: of the weights of linear layers.
+        format: of the weights of linear layers; with 4 bits the vocabulary's matrix has 8.
         pool: threads that nobody else uses.
     """
 
@@ -94,7 +94,8 @@ class NativeLlama:
         self._layers = [self._read_layer(index) for index in range(config.num_layers)]
         self._norm = self._vector("model.norm.weight", hidden)
         head = self._table if config.tied else weights.read("lm_head.weight", (config.vocab_size, hidden))
-        self._head = pack(self._library, self._pool, self._format, [head])
+        format = Format.I8 if self._format is Format.I4 else self._format  # errors here are seen in every logit
+        self._head = pack(self._library, self._pool, format, [head])
 
     def _read_layer(self, index: int) -> Layer:
         config, at = self.config, f"model.layers.{index}"
