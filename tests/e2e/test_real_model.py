@@ -45,7 +45,7 @@ def assert_greedy(model, output) -> None:
 
 @pytest.mark.timeout(900)
 def test_fifty_prompts_by_64_tokens_in_mixed_batches_with_chunks_and_prefix_hits(prompts, model):
-    with LLM(smollm2(), max_model_len=512, max_num_seqs=24, max_num_batched_tokens=160) as llm:
+    with LLM(smollm2(), dtype="float32", max_model_len=512, max_num_seqs=24, max_num_batched_tokens=160) as llm:
         outputs = llm.generate(prompts, PARAMS)
         stats = llm._core.stats()
     assert stats.prefix_hit_tokens > 0
@@ -57,7 +57,7 @@ def test_fifty_prompts_by_64_tokens_in_mixed_batches_with_chunks_and_prefix_hits
 
 @pytest.mark.timeout(600)
 def test_alone_equals_generate(prompts, model):
-    with LLM(smollm2(), max_model_len=512, enable_prefix_caching=False) as llm:
+    with LLM(smollm2(), dtype="float32", max_model_len=512, enable_prefix_caching=False) as llm:
         for prompt in prompts[:4]:
             output = llm.generate(prompt, PARAMS)[0]
             ids = torch.tensor([output.prompt_token_ids])

@@ -64,7 +64,7 @@ def test_transformers_opens_it_and_computes_the_probes(trained):
 def test_servekit_opens_it_and_answers_as_the_trained_model(trained):
     _, _, path = trained
     params = SamplingParams(max_tokens=8, temperature=0, logprobs=0, ignore_eos=True)
-    with LLM(path, kv_cache_memory_bytes=4 << 20) as llm:
+    with LLM(path, dtype="float32", kv_cache_memory_bytes=4 << 20) as llm:
         output = llm.chat(CHATS[3][:1], params)[0]
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     ids = output.prompt_token_ids + output.outputs[0].token_ids
