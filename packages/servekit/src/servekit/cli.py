@@ -24,7 +24,7 @@ from servekit.server.limits import ServerLimits, flag_of
 
 KEY_VARIABLE = "SERVEKIT_API_KEY"
 USAGE = 2
-NOT_BACKENDS = ("metadata",)
+NOT_BACKENDS = ("metadata", "library", "libservekit_cpu", "packing", "program")
 MAX_KEY_FILE_BYTES = 65_536
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -241,9 +241,19 @@ def info() -> int:
 
     click.echo(f"servekit {__version__}")
     click.echo(report(detect()))
+    click.echo(f"CPU kernels: {_cpu_kernels()}")
     for name, backends in _kernels().items():
         click.echo(f"kernel {name}: {', '.join(backends)}")
     return 0
+
+
+def _cpu_kernels() -> str:
+    from servekit.kernels.native import native_library
+
+    library = native_library()
+    if library is None:
+        return "reference (the C++ ones were not built: no compiler was found when this was installed)"
+    return f"C++ for {library.isa}, of {', '.join(library.supported)} that this machine can run"
 
 
 def _kernels() -> dict[str, list[str]]:
@@ -256,7 +266,7 @@ def _kernels() -> dict[str, list[str]]:
             folder = [str(Path(kernels.__path__[0]) / operation.name)]
             names = [module.name for module in pkgutil.iter_modules(folder)]
             found[operation.name] = [name for name in names if name not in NOT_BACKENDS]
-    return found
+    return {name: backends for name, backends in found.items() if backends}
 
 
 def main(arguments: list[str] | None = None) -> None:

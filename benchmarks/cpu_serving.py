@@ -1,0 +1,264 @@
+"""Tokens a second on a CPU beside the peers, and beside what the machine could do: SmolLM2-135M, greedy, fixed lengths.
+
+Every side is a process of its own that loads the model once and waits; one works at a time, in turning order, and
+medians are taken. Peers that ``make_peers.py`` has not made are left out. ``--sides`` and ``--workloads`` choose.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common import Report, arguments, interleaved, median
+from common_platform.embedded import smollm2, unpack_gguf
+from make_peers import FOLDER, python_of
+from native_bounds import Bounds, measure_bounds
+
+HERE = Path(__file__).parent
+THREADS = 2
+DECODES = (1, 4, 8, 16, 32, 64)
+PARAMETERS = 134_515_008  # that a token is multiplied with, the vocabulary's matrix once
+FAMILY = {  # which sides have weights of which width
+    "bf16": ("servekit-bf16", "llama.cpp-BF16", "openvino-bf16", "vllm-bf16", "transformers-bf16"),
+    "8-bit": ("servekit-int8", "llama.cpp-Q8_0", "openvino-int8"),
+    "4-bit": ("servekit-int4", "llama.cpp-Q4_0"),
+    "fp32": ("servekit-fp32", "vllm-fp32", "transformers-fp32"),
+}
+GGUF_TYPES = {"BF16": 32, "Q8_0": 7, "Q4_0": 2}  # llama_ftype
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests that arrive at once."""
+
+    prompts: list[list[int]]
+    outputs: list[int]
+    shared: int = 0
+    counts: str = "outputs"  # which tokens its speed counts: outputs, or prompts
+    too_long_for: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.outputs) if self.counts == "outputs" else sum(map(len, self.prompts))
+
+
+def workloads(seed: int = 0) -> dict[str, Workload]:
+    draw = random.Random(seed)
+
+    def text(length: int) -> list[int]:
+        return [draw.randrange(1000, 40_000) for _ in range(length)]
+
+    found = {f"decode {n}": Workload([text(32) for _ in range(n)], [64] * n) for n in DECODES}
+    for length in (1024, 4096):
+        found[f"prefill {length}"] = Workload([text(length)], [1], counts="prompts")
+    sizes = [(draw.randint(16, 256), draw.randint(16, 256)) for _ in range(64)]
+    found["mixed"] = Workload([text(n) for n, _ in sizes], [n for _, n in sizes])
+    prefix = text(512)
+    found["shared prefix"] = Workload([prefix + text(32) for _ in range(32)], [64] * 32, shared=512)
+    found["long decode"] = Workload([text(4032)], [64])
+    return found
+
+
+class Side:
+    """A process that answers workloads."""
+
+    def __init__(self, name: str, command: list[str], env: dict[str, str] | None = None) -> None:
+        self.name = name
+        threads = {"OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false"}
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | threads | (env or {}),
+        )
+        self.about = self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        out = self._process.stdout
+        line = out.readline() if out else ""
+        if not line:
+            raise RuntimeError(f"{self.name} ended with {self._process.wait()}")
+        return dict(json.loads(line))
+
+    def run(self, workload: Workload) -> float:
+        """Tokens a second."""
+        asked = {"prompts": workload.prompts, "outputs": workload.outputs, "shared": workload.shared}
+        if self._process.stdin is None:
+            raise RuntimeError(f"{self.name} has no input")
+        print(json.dumps(asked), file=self._process.stdin, flush=True)
+        answer = self._answer()
+        if answer["tokens"] != sum(workload.outputs):
+            raise RuntimeError(f"{self.name} gave {answer['tokens']} tokens, not {sum(workload.outputs)}")
+        return workload.tokens / answer["seconds"]
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(30)
+
+
+@dataclass
+class Sides:
+    """Which there can be here, and how each is started."""
+
+    wanted: set[str]
+    commands: dict[str, tuple[list[str], dict[str, str]]] = field(default_factory=dict)
+
+    def add(self, name: str, python: str, driver: str, model: str, settings: dict[str, Any]) -> None:
+        if not self.wanted or name in self.wanted:
+            script = str(HERE / "drivers" / f"{driver}_driver.py")
+            self.commands[name] = ([python, script, model, json.dumps(settings)], {})
+
+    def start(self) -> dict[str, Side]:
+        started = {}
+        for name, (command, env) in self.commands.items():
+            try:
+                started[name] = Side(name, command, env)
+            except RuntimeError as error:
+                print(error, file=sys.stderr)
+        return started
+
+
+def sides_of(wanted: set[str]) -> Sides:
+    sides, model = Sides(wanted), str(smollm2())
+    ours = {"num_threads": THREADS, "max_num_seqs": 64, "kv_cache_memory_bytes": 2 << 30}
+    for name, more in (
+        ("bf16", {"dtype": "bfloat16"}),
+        ("int8", {"quantization": "int8"}),
+        ("int4", {"quantization": "int4"}),
+        ("fp32", {"dtype": "float32"}),
+    ):
+        sides.add(f"servekit-{name}", sys.executable, "servekit", model, ours | more)
+    if found := python_of("llama-cpp"):
+        for kind in GGUF_TYPES:
+            settings = {"threads": THREADS, "n_ctx": 24_576, "n_seq_max": 64}
+            if not wanted or f"llama.cpp-{kind}" in wanted:
+                sides.add(f"llama.cpp-{kind}", str(found), "llama_cpp", str(gguf_of(kind, str(found))), settings)
+    if found := python_of("openvino"):
+        for kind in ("bf16", "int8"):
+            if not wanted or f"openvino-{kind}" in wanted:
+                folder = openvino_folder(kind, found)
+                sides.add(f"openvino-{kind}", str(found), "openvino", str(folder), {"threads": THREADS})
+    if found := python_of("vllm"):
+        for kind, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+            settings = {"dtype": dtype, "max_model_len": 8192, "max_num_seqs": 64}
+            sides.add(f"vllm-{kind}", str(found), "vllm", model, settings)
+    if found := python_of("transformers"):
+        for kind, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+            settings = {"dtype": dtype, "threads": THREADS}
+            sides.add(f"transformers-{kind}", str(found), "transformers", model, settings)
+    return sides
+
+
+def gguf_of(kind: str, python: str) -> Path:
+    """The model in one of llama.cpp's types, made once by its own quantizer."""
+    target = FOLDER / "llama-cpp" / f"smollm2-{kind}.gguf"
+    if not target.exists():
+        with tempfile.TemporaryDirectory() as work:
+            source = unpack_gguf(Path(work)) if kind == "BF16" else gguf_of("BF16", python)
+            made = target.with_suffix(".part")
+            command = [python, str(HERE / "drivers" / "make_gguf.py"), str(source), str(made), str(GGUF_TYPES[kind])]
+            subprocess.run(command, check=True, capture_output=True)
+            made.rename(target)
+    return target
+
+
+def openvino_folder(kind: str, python: Path) -> Path:
+    """The model as optimum exports it, made once."""
+    target = FOLDER / "openvino" / f"smollm2-{kind}"
+    if not (target / "ready").exists():
+        export = [str(python.parent / "optimum-cli"), "export", "openvino", "--model", str(smollm2())]
+        weights = {"bf16": "fp16", "int8": "int8"}[kind]  # at run time its default here is bf16
+        command = [*export, "--task", "text-generation-with-past", "--weight-format", weights, str(target)]
+        subprocess.run(command, check=True, capture_output=True)
+        (target / "ready").touch()
+    return target
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--sides", default="", help="comma-separated; all unless given")
+    parser.add_argument("--workloads", default="", help="comma-separated; all unless given")
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    report = Report()
+    chosen = {name for name in asked.workloads.split(",") if name}
+    everything = {name: w for name, w in workloads().items() if not chosen or name in chosen}
+    if asked.quick:
+        everything = {name: everything[name] for name in ("decode 1", "decode 16") if name in everything}
+    bounds = measure_bounds(THREADS)
+    for name, value in bounds.figures().items():
+        report.figure(name, value)
+    sides = sides_of({name for name in asked.sides.split(",") if name}).start()
+    try:
+        speeds = measure(everything, sides, 1 if asked.quick else asked.rounds)
+    finally:
+        for side in sides.values():
+            side.stop()
+    for side in sides.values():
+        report.figure(f"{side.name}: load, s", side.about["load_s"])
+        if "version" in side.about:
+            report.peers[side.name] = str(side.about["version"])
+    tell(report, speeds, bounds, everything)
+    report.finish(as_json=asked.json)
+
+
+def measure(everything: dict[str, Workload], sides: dict[str, Side], rounds: int) -> dict[str, dict[str, float]]:
+    """Workload -> side -> tokens a second."""
+    found = {}
+    for name, workload in everything.items():
+        one_by_one = {"transformers-fp32", "transformers-bf16"}
+        able = {n: s for n, s in sides.items() if n not in one_by_one or name in ("decode 1", "prefill 1024", "mixed")}
+        for side in able.values():
+            if name.startswith(("decode", "prefill")):
+                side.run(workload)  # warm
+        calls = {n: partial(side.run, workload) for n, side in able.items()}
+        slow = name == "mixed"
+        found[name] = {n: median(v) for n, v in interleaved(calls, min(rounds, 2) if slow else rounds).items()}
+        print(name, {n: round(v, 1) for n, v in found[name].items()}, file=sys.stderr, flush=True)
+    return found
+
+
+def tell(report: Report, speeds: dict[str, dict[str, float]], bounds: Bounds, everything: dict[str, Workload]) -> None:
+    for workload, found in speeds.items():
+        for side, speed in found.items():
+            report.figure(f"{workload}: {side}, tokens/s", speed)
+    for workload, found in speeds.items():
+        for family, names in FAMILY.items():
+            ours, peers = found.get(names[0]), {n: found[n] for n in names[1:] if n in found}
+            if ours is None:
+                continue
+            share = ours / bounds.tokens_per_second(family, everything[workload], PARAMETERS)
+            report.figure(f"{workload}: {names[0]}, share of the bound", share)
+            if peers:
+                best = max(peers, key=lambda n: peers[n])
+                report.target(f"{workload}: {names[0]} over {best}", ours / peers[best], ">=", ratio(workload, family))
+        all_peers = {n: v for n, v in found.items() if not n.startswith("servekit")}
+        all_ours = {n: v for n, v in found.items() if n.startswith("servekit")}
+        if all_peers and all_ours:
+            peer, mine = max(all_peers, key=lambda n: all_peers[n]), max(all_ours, key=lambda n: all_ours[n])
+            report.target(f"{workload}: {mine} over {peer}, all widths", all_ours[mine] / all_peers[peer], ">=", 1.2)
+
+
+def ratio(workload: str, family: str) -> float:
+    """What the best peer of the same width is to be beaten by."""
+    if workload == "decode 1":
+        return {"bf16": 1.3, "8-bit": 1.5, "4-bit": 1.6, "fp32": 1.3}[family]
+    return 1.5 if workload in ("mixed", "shared prefix") else 1.2
+
+
+if __name__ == "__main__":
+    main()
