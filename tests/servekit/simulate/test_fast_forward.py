@@ -6,12 +6,12 @@ import random
 from dataclasses import replace
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.simulate import CostModel, Job, MadeUpTokens, Outcome, SimulationConfig, simulate
+from servekit.simulate.record import Record
 
 COST = CostModel(step_s=0.01, token_s=0.0003, row_s=0.0007, context_s=1.1e-5, pair_s=1e-6)
 
@@ -19,9 +19,7 @@ COST = CostModel(step_s=0.01, token_s=0.0003, row_s=0.0007, context_s=1.1e-5, pa
 def everything(outcome: Outcome) -> dict[str, Any]:
     """All that a simulation tells, and the state in which it left the pools."""
     records = [
-        (r.replica, r.arrival, r.scheduled, r.first_token, r.finished, r.last_token)
-        + (r.num_output, r.num_cached, r.num_preemptions, r.reason)
-        for r in outcome.records
+        {name: getattr(record, name) for name in Record.__slots__ if name != "job"} for record in outcome.records
     ]
     replicas = []
     for replica in outcome.replicas:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from common_platform.errors import ConfigError
+from common_platform.errors import ConfigError, ResourceError
 
 
 class StepShape(NamedTuple):
@@ -53,8 +53,15 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return self.step_s + self.token_s * tokens + self.row_s * rows + self.context_s * context + self.pair_s * pairs
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
-        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        """Write it as JSON.
+
+        Raises:
+            ResourceError: the file cannot be written.
+        """
+        try:
+            Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        except OSError as error:
+            raise ResourceError("cost", str(path), f"a file that can be written ({error})", flag="--out") from error
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> CostModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 
 from common_platform.errors import RequestError
@@ -60,7 +59,7 @@ class Replica:
         self._seconds = cost.seconds
         self._by_slot: list[SimulatedRequest | None] = [None] * config.max_num_seqs
         self._params: dict[int, SamplingParams] = {}
-        self._records: dict[str, Record] = {}
+        self._requests: dict[str, SimulatedRequest] = {}
         self._num_added = 0
 
     @property
@@ -78,6 +77,8 @@ class Replica:
     def add(self, job: Job, arrival: float) -> Record:
         """Queue ``job``; one that could never be served is refused, and its record says why."""
         if not self.has_work:
+            if self.num_steps:
+                self.timeline.add(Sample(self.now, 0.0, 0, 0))  # idle since then
             self.now = max(self.now, arrival)
         record = Record(job, self.index, arrival)
         num_output = len(job.output)
@@ -92,7 +93,7 @@ class Replica:
             record.reason, record.error, record.finished = "refused", str(error), arrival
             self.ended.append(record)
         else:
-            self._records[request.id] = record
+            self._requests[request.id] = request
         return record
 
     def advance(self, until: float) -> None:
@@ -107,9 +108,9 @@ class Replica:
     def _finish(self, plan: StepPlan, beside: StepShape, num_waiting: int) -> None:
         """Let the time of ``plan`` and of the rows ``beside`` it pass, and take its tokens in."""
         for start in plan.starts:
-            request = self.scheduler.requests[start.request_id]
-            self._by_slot[start.slot] = request  # type: ignore[assignment]
-            request.num_starts += 1  # type: ignore[attr-defined]
+            request = self._requests[start.request_id]
+            self._by_slot[start.slot] = request
+            request.num_starts += 1
         shape, sampled = self._shape_of(plan, beside)
         if not shape.tokens:
             raise RuntimeError("a step with nothing to compute while requests wait")
@@ -149,18 +150,14 @@ class Replica:
             self.timeline.add(Sample(after, usage, num_running, num_waiting))
 
     def _take_updates(self) -> None:
-        records, now = self._records, self.now
+        requests, now = self._requests, self.now
         for update in self.scheduler.take_updates():
-            record = records[update.request_id]
+            record = requests[update.request_id].record
             record.take(update)
             if update.token_ids:
                 if record.last_token >= 0:
                     self.gaps.add(now - record.last_token)
                 record.last_token = now
             if update.finish_reason is not None:
-                del records[update.request_id]
+                del requests[update.request_id]
                 self.ended.append(record)
-
-    def run(self) -> None:
-        """Until nothing is left to do."""
-        self.advance(math.inf)

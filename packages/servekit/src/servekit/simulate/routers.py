@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from collections import OrderedDict
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import Protocol
 
@@ -141,7 +142,7 @@ def _digest(content: bytes) -> bytes:
     return blake2b(content, digest_size=16).digest()
 
 
-ROUTERS: dict[str, type[Router]] = {
+ROUTERS: dict[str, Callable[[int, int], Router]] = {  # made of the number of replicas and the block size
     "round_robin": RoundRobin,
     "least_loaded": LeastLoaded,
     "prefix_aware": PrefixAware,

@@ -31,7 +31,7 @@ class SimulationConfig:
 
     def __post_init__(self) -> None:
         if self.num_replicas < 1:
-            raise ConfigError("replicas", self.num_replicas, "1 or more", flag="--replicas")
+            raise ConfigError("num_replicas", self.num_replicas, "1 or more", flag="--num-replicas")
         if self.router not in ROUTERS:
             raise ConfigError("router", self.router, f"one of {tuple(ROUTERS)}", flag="--router")
         if self.cache.num_offload_blocks:
