@@ -43,8 +43,8 @@ class Grid:
 def measure(config: EngineConfig, grid: Grid | None = None) -> list[MeasuredStep]:
     """Run the engine of ``config`` over ``grid``, and time each step: planned, computed, and its result taken in.
 
-    Steps are taken one at a time, without drafts. What does not fit the engine's rows, context or cache is left out; the
-    first round warms up and is not kept.
+    Steps are taken one at a time, without drafts. What does not fit the engine's rows, context or cache is left out;
+    the first round warms up and is not kept.
 
     Raises:
         ArtifactError: the model folder cannot be used.

@@ -18,6 +18,7 @@ LATENCIES = {
     "queue_s": "in queue",
 }
 MOST_REPLICAS = 8  # shown one by one
+LEAST_SHOWN_S = 1e-6  # what is less, 0 included, has no place on a logarithmic axis
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -49,11 +50,12 @@ def _figures(report: Report) -> Table:
 
 
 def _latencies(report: Report) -> Table:
-    table = Table(Column("milliseconds", no_wrap=True), *Latency.__struct_fields__)
+    names = ("milliseconds", *Latency.__struct_fields__)
+    table = Table(*(Column(name, no_wrap=True) for name in names))
     for field, name in LATENCIES.items():
         values = getattr(report, field)
         if values is not None:
-            table.add_row(name, *(f"{value * 1e3:,.2f}" for value in msgspec.structs.astuple(values)))
+            table.add_row(name, *(f"{value * 1e3:,.1f}" for value in msgspec.structs.astuple(values)))
     return table
 
 
@@ -88,8 +90,9 @@ def plot_report(report: Report, path: str | Path) -> None:
     for field, name in LATENCIES.items():
         values = getattr(report, field)
         if values is not None:
-            quantiles.plot(Latency.__struct_fields__[1:5], msgspec.structs.astuple(values)[1:5], marker="o", label=name)
-    quantiles.set(ylabel="seconds", yscale="symlog")
+            shown = [max(value, LEAST_SHOWN_S) * 1e3 for value in msgspec.structs.astuple(values)[1:5]]
+            quantiles.plot(Latency.__struct_fields__[1:5], shown, marker="o", label=name)
+    quantiles.set(ylabel="milliseconds", yscale="log")
     quantiles.legend()
     try:
         figure.savefig(path)
