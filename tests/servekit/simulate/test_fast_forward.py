@@ -50,12 +50,14 @@ def random_jobs(chance: random.Random, num_jobs: int, longest: int, *, sessions:
             made.take(chance.choice([1, 2, chance.randint(1, longest // 2), chance.randint(1, longest // 2)])),
             priority=chance.randrange(3),
             tenant=chance.choice("abc"),
+            own_from=chance.choice([None, len(shared)]),
         )
         jobs.append(job)
         while sessions and chance.random() < 0.4:
             prompt = (*job.prompt, job.output, made.take(chance.randint(1, 8)))
             job.think_s = chance.choice([0.0, 0.3])
             job.follow_up = Job(0.0, prompt, made.take(chance.randint(1, 12)), job.priority, job.tenant)
+            job.follow_up.own_from = chance.choice([None, job.num_tokens])
             job = job.follow_up
     return jobs
 

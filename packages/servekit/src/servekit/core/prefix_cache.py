@@ -45,18 +45,17 @@ class Hasher:
         if not hashes:
             hashes.append(self.root(request))
         first = len(hashes) - 1
-        if first < num_blocks:
-            content = array("q", request.token_ids[first * size : num_blocks * size]).tobytes()
-            width = len(content) // (num_blocks - first)
-            for index in range(first, num_blocks):
-                tokens = content[(index - first) * width : (index - first + 1) * width]
-                hashes.append(sha256(hashes[-1] + tokens + self._media_in(request, index)).digest())
+        content = array("q", request.token_ids[first * size : num_blocks * size]).tobytes()
+        width, key = array("q").itemsize * size, hashes[-1]
+        for index in range(first, num_blocks):
+            start = (index - first) * width
+            block = content[start : start + width]
+            key = sha256(key + block + self._media_in(request, index) if request.media else key + block).digest()
+            hashes.append(key)
         return hashes[: num_blocks + 1]
 
     def _media_in(self, request: Request, index: int) -> bytes:
         """What begins in block ``index`` beside tokens."""
-        if not request.media:
-            return b""
         start, end = index * self._block_size, (index + 1) * self._block_size
         return "\0".join(digest for position, digest in request.media if start <= position < end).encode()
 

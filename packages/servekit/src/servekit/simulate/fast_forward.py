@@ -169,10 +169,20 @@ class FastReplica(Replica):
         if self._shares:
             fills = -known % self._size  # steps until one fills a block
             if request.num_starts == 1:
-                shared = (request.num_prompt // self._size + 1) * self._size  # after it, blocks are nobody else's
+                shared = self._shared_until(request)
                 fills = shared - known if known <= shared else steps
             steps = min(steps, fills)
         return steps
+
+    def _shared_until(self, request: SimulatedRequest) -> int:
+        """Blocks of answers that are full after so many tokens could be another request's too; later ones could not.
+
+        Answers differ, but a block is looked up by what is before it: the first with an answer may follow a prompt that
+        others have as well.
+        """
+        whole = request.num_prompt // self._size * self._size
+        own = request.record.job.own_from
+        return 0 if own is not None and own < whole else whole + self._size
 
     def _park_row(self, request: SimulatedRequest, num_steps: int) -> None:
         now, known = self._step_number, request.num_known

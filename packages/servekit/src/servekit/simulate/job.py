@@ -24,8 +24,9 @@ class MadeUpTokens:
 class Job:
     """One request of a workload.
 
-    ``prompt`` is in parts, so that shared ones are kept once. A ``follow_up`` is the next turn of a session: it arrives
-    ``think_s`` after this one has ended, or at its own ``arrival`` where that is later.
+    ``prompt`` is in parts, so that shared ones are kept once. From ``own_from`` on, where that is known, its tokens are
+    in no other prompt but those of later turns, which saves the simulator a look. A ``follow_up`` is the next turn of a
+    session: it arrives ``think_s`` after this one has ended, or at its own ``arrival`` where that is later.
     """
 
     arrival: float  # seconds from the start
@@ -33,6 +34,7 @@ class Job:
     output: range  # the tokens that the model will answer
     priority: int = 0  # lower runs first
     tenant: str = ""
+    own_from: int | None = None
     follow_up: Job | None = None
     think_s: float = 0.0
 

@@ -138,4 +138,5 @@ class SyntheticWorkload:
         tenant: str,
     ) -> Job:
         prompt = made.take(self.prompt_tokens.draw(chance))
-        return Job(at, (*before, prompt), made.take(self.output_tokens.draw(chance)), priority, tenant)
+        output = made.take(self.output_tokens.draw(chance))
+        return Job(at, (*before, prompt), output, priority, tenant, own_from=sum(map(len, before)))

@@ -71,13 +71,16 @@ class _Reader:
             raise self._error("arrival", "missing", "seconds, 0 or more; only later turns of a session go without")
         if before is None and "think_s" in body:
             raise self._error("think_s", body["think_s"], "a session's second turn or a later one")
+        said: tuple[Any, ...] = () if before is None else (*before.prompt, before.output)
         prompt = self._prompt(body)
+        shared = len(prompt[0]) if "token_ids" in body else body.get("prefix_tokens", 0)
         job = Job(
             float(body.get("arrival", 0.0)),
-            prompt if before is None else (*before.prompt, before.output, *prompt),
+            (*said, *prompt),
             self._made.take(body["output_tokens"]),
             body.get("priority", 0),
             body.get("tenant", ""),
+            own_from=sum(map(len, said)) + shared,
         )
         if "session" in body:
             self._sessions[body["session"]] = job
