@@ -90,9 +90,9 @@ class PrefixAware:
 
     def choose(self, job: Job) -> int:
         keys = self._keys(job)
-        chosen = self._holder(keys, job.num_tokens)
+        chosen = self._holder(keys)
         if chosen is None:
-            chosen = self._next_on_ring(keys[0], job.num_tokens)
+            chosen = self._next_on_ring(keys[0])
         for key in keys:
             self._known[key] = chosen
             self._known.move_to_end(key)
@@ -117,25 +117,19 @@ class PrefixAware:
             keys.append(parent)
         return keys
 
-    def _holder(self, keys: list[bytes], num_tokens: int) -> int | None:
+    def _holder(self, keys: list[bytes]) -> int | None:
         """Who had the longest prefix, if it may take more."""
-        for key in reversed(keys):
-            replica = self._known.get(key)
-            if replica is not None and self._has_room(replica, num_tokens):
-                return replica
-        return None
+        holders = (self._known.get(key) for key in reversed(keys))
+        return next((holder for holder in holders if holder is not None and self._has_room(holder)), None)
 
-    def _next_on_ring(self, key: bytes, num_tokens: int) -> int:
+    def _next_on_ring(self, key: bytes) -> int:
+        """The first from ``key`` on that may take more; who has no more than the mean may, so there is one."""
         first = bisect_left(self._ring, (key, 0))
-        for i in range(len(self._ring)):
-            replica = self._ring[(first + i) % len(self._ring)][1]
-            if self._has_room(replica, num_tokens):
-                return replica
-        return min(range(len(self.loads)), key=self.loads.__getitem__)
+        places = (self._ring[(first + i) % len(self._ring)][1] for i in range(len(self._ring)))
+        return next(replica for replica in places if self._has_room(replica))
 
-    def _has_room(self, replica: int, num_tokens: int) -> bool:
-        fair_share = (self._total + num_tokens) / len(self.loads)
-        return self.loads[replica] + num_tokens <= max(LOAD_BOUND * fair_share, num_tokens)
+    def _has_room(self, replica: int) -> bool:
+        return self.loads[replica] * len(self.loads) <= LOAD_BOUND * self._total
 
 
 def _digest(content: bytes) -> bytes:

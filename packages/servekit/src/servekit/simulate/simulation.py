@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from common_platform.errors import ConfigError
 from servekit.core.config import CacheConfig, SchedulerConfig
+from servekit.engine.collector import fewer_collections
 from servekit.simulate.cost import CostModel
 from servekit.simulate.fast_forward import FastReplica
 from servekit.simulate.job import Job
@@ -53,7 +54,8 @@ def simulate(jobs: Iterable[Job], config: SimulationConfig) -> Outcome:
     Replicas see nothing of each other, so each is advanced only as far as the next event that could reach it: an
     arrival, or, where turns of sessions follow ends, the next step of any other replica.
     """
-    return _Simulation(jobs, config).run()
+    with fewer_collections():
+        return _Simulation(jobs, config).run()
 
 
 class _Simulation:
