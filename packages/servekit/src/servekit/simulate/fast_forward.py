@@ -19,7 +19,7 @@ from typing import Any
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.simulate.cost import CostModel, StepShape
 from servekit.simulate.job import Job
-from servekit.simulate.record import Record
+from servekit.simulate.record import Record, Sample
 from servekit.simulate.replica import Replica, SimulatedRequest
 
 LEAST_STEPS = 2  # parked for fewer costs more than it saves
@@ -79,21 +79,30 @@ class FastReplica(Replica):
 
     def _decode_parked(self, until: float) -> None:
         """One token for each parked row, step after step, until something else is to be done."""
-        rows, num_waiting = len(self._parked), self.num_waiting
-        pool, gaps, wakes, growers, size = self._pool, self.gaps, self._wakes, self._growers, self._size
-        while self.now < until and self._step_number not in wakes:
-            growing = growers[self._step_number % size]
+        rows, wakes, growers, size = len(self._parked), self._wakes, self._growers, self._size
+        pool, seconds, gaps, timeline = self._pool, self._seconds, self.gaps, self.timeline
+        now, step, context, held = self.now, self._step_number, self._context, pool.num_held
+        busy_s, held_block_s = self.busy_s, self.held_block_s
+        while now < until and step not in wakes:
+            growing = growers[step % size]
             if growing:
                 if len(growing) > pool.num_free:
-                    self._wake_all()
-                    return
+                    break
                 self._grow(growing)
-            before = self.now
-            self.now = after = before + self._seconds(rows, rows, self._context, 0)
-            self._count(before, after, rows, num_waiting)
-            gaps.add(after - before, rows)
-            self._context += rows
-            self._step_number += 1
+                held = pool.num_held
+            after = now + seconds(rows, rows, context, 0)
+            gaps.add(after - now, rows)
+            busy_s += after - now
+            held_block_s += held * (after - now)
+            if after >= timeline.next_at:
+                timeline.add(Sample(after, held / (pool.num_blocks - 1), rows, self.num_waiting))
+            now, step, context = after, step + 1, context + rows
+        self.num_steps += step - self._step_number
+        self.computed_tokens += rows * (step - self._step_number)
+        self.now, self._step_number, self._context = now, step, context
+        self.busy_s, self.held_block_s, self.most_held = busy_s, held_block_s, max(self.most_held, held)
+        if now < until and step not in wakes:
+            self._wake_all()  # blocks are short
 
     def _grow(self, growing: dict[SimulatedRequest, None]) -> None:
         for request, block in zip(growing, self._pool.allocate(len(growing)), strict=True):
