@@ -6,10 +6,12 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servekit.core.config import CacheConfig, SchedulerConfig
+from servekit.core.scheduler import Scheduler
 from servekit.simulate import CostModel, Job, MadeUpTokens, Outcome, SimulationConfig, simulate
 from servekit.simulate.record import Record
 
@@ -100,3 +102,16 @@ def test_fast_forward_is_the_slow_way_bit_for_bit(
     assert fast["records"] == slow["records"]
     for one, other in zip(fast["replicas"], slow["replicas"], strict=True):
         assert {name: told for name, told in one.items() if told != other[name]} == {}
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "fair"])
+def test_few_steps_are_planned_where_little_happens(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, planned = MadeUpTokens(), []
+    plan_step = Scheduler.plan_step
+    monkeypatch.setattr(Scheduler, "plan_step", lambda self, **more: planned.append(1) or plan_step(self, **more))
+    scheduler = SchedulerConfig(max_num_seqs=8, max_model_len=1000, policy=policy)
+    config = SimulationConfig(cost=COST, scheduler=scheduler, cache=CacheConfig(num_blocks=800))
+    jobs = [Job(0.0, (made.take(30),), made.take(900)) for _ in range(8)]
+    outcome = simulate(jobs, config)
+    assert outcome.replicas[0].num_steps == 900
+    assert len(planned) < 20
