@@ -40,12 +40,24 @@ def workload_of(rows: int, num_requests: int, output: str) -> SyntheticWorkload:
     )
 
 
-def tokens_per_second(workload: SyntheticWorkload, config: SimulationConfig) -> float:
-    """Output tokens simulated in a second of wall time; the workload is made before."""
-    jobs = workload.jobs()
-    start = time.perf_counter()
-    outcome = simulate(jobs, config)
-    return sum(record.num_output for record in outcome.records) / (time.perf_counter() - start)
+class Side:
+    """One way to simulate a workload: output tokens a second of CPU time, and of wall time beside it.
+
+    The simulator is one thread that never waits, so the two differ by what else the machine does.
+    """
+
+    def __init__(self, workload: SyntheticWorkload, config: SimulationConfig) -> None:
+        self._workload, self._config = workload, config
+        self.by_wall: list[float] = []
+
+    def __call__(self) -> float:
+        jobs = self._workload.jobs()
+        wall, cpu = time.perf_counter(), time.process_time()
+        outcome = simulate(jobs, self._config)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        tokens = sum(record.num_output for record in outcome.records)
+        self.by_wall.append(tokens / wall)
+        return tokens / cpu
 
 
 def told(outcome: Outcome) -> list[tuple[float, ...]]:
@@ -60,19 +72,20 @@ def main() -> None:
         fixed = workload_of(rows, num_requests, f"fixed:{LENGTH}")
         varied = workload_of(rows, num_requests, f"uniform:{LENGTH // 2}:{LENGTH * 3 // 2}")
         config, plain = config_of(rows, caching=True), config_of(rows, caching=False)
-        slow = replace(config, fast_forward=False)
         sides = {
-            "fixed": lambda w=fixed, c=config: tokens_per_second(w, c),
-            "varied": lambda w=varied, c=config: tokens_per_second(w, c),
-            "no_prefix_cache": lambda w=fixed, c=plain: tokens_per_second(w, c),
-            "step_by_step": lambda w=fixed, c=slow: tokens_per_second(w, c),
+            "fixed": Side(fixed, config),
+            "varied": Side(varied, config),
+            "no_prefix_cache": Side(fixed, plain),
+            "step_by_step": Side(fixed, replace(config, fast_forward=False)),
         }
         measured = {name: median(values) for name, values in interleaved(sides, rounds).items()}
-        for name, speed in measured.items():
-            report.figure(f"output_tokens_per_s_{rows}_rows_{name}", speed)
-        report.figure(f"prompt_and_output_tokens_per_s_{rows}_rows_fixed", 2 * measured["fixed"])
+        for name, side in sides.items():
+            report.figure(f"output_tokens_per_cpu_s_{rows}_rows_{name}", measured[name])
+            report.figure(f"output_tokens_per_wall_s_{rows}_rows_{name}", median(side.by_wall))
+        report.figure(f"prompt_and_output_tokens_per_cpu_s_{rows}_rows_fixed", 2 * measured["fixed"])
         report.figure(f"times_faster_than_step_by_step_{rows}_rows", measured["fixed"] / measured["step_by_step"])
-        report.target(f"output tokens simulated a second, {rows} rows", measured["fixed"], ">=", 1e6)
+        by_wall = median(sides["fixed"].by_wall)
+        report.target(f"output tokens simulated in a second of wall time, {rows} rows", by_wall, ">=", 1e6)
         few = workload_of(rows, 500, f"uniform:{LENGTH // 2}:{LENGTH * 3 // 2}").jobs()
         report.target(f"requests told differently by the slow way, {rows} rows", differences(few, config), "<=", 0)
         running = Simulated.of(simulate(fixed.jobs(), config))
