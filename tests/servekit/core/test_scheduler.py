@@ -442,3 +442,31 @@ def test_abort_of_an_unknown_request_is_not_an_error():
     harness = Harness()
     assert not harness.scheduler.abort("nobody", FinishReason.ABORT)
     assert not harness.scheduler.ready("nobody")
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "fair"])
+def test_catching_up_is_as_good_as_the_steps_that_were_left_out(policy: str) -> None:
+    stepped, driven = Harness(policy=policy), Harness(policy=policy)
+    for harness in (stepped, driven):
+        harness.add("a", list(range(20)), 30)
+        harness.step()
+    for _ in range(11):
+        stepped.step()
+    expected, request = stepped.scheduler.requests["a"], driven.scheduler.requests["a"]
+    missed = expected.token_ids[request.num_tokens :]
+    driven.scheduler.kv.grow(request, request.num_known + len(missed) - 1)
+    driven.scheduler.catch_up(request, missed)
+    names = ("token_ids", "num_known", "num_computed", "num_confirmed", "decodes_until")
+    assert [getattr(request, name) for name in names] == [getattr(expected, name) for name in names]
+    assert len(request.hashes) == len(expected.hashes)  # each scheduler has a secret of its own
+    assert len(request.tables[0]) == len(expected.tables[0])
+    caches = [len(harness.scheduler.kv.caches[0]) for harness in (stepped, driven)]
+    assert caches[0] == caches[1] > 2
+    assert stepped.scheduler.stats().generated_tokens == driven.scheduler.stats().generated_tokens
+    assert driven.scheduler.rank(request) == stepped.scheduler.rank(expected)
+
+
+def test_tokens_spent_elsewhere_are_not_planned() -> None:
+    harness = Harness(max_num_batched_tokens=16)
+    harness.add("a", list(range(40)))
+    assert harness.scheduler.plan_step(spent_tokens=10).total_tokens == 6

@@ -233,6 +233,86 @@ def _load(model: Path, settings: dict[str, Any]) -> Any:
     return LLM(model, **settings)
 
 
+@cli.group(invoke_without_command=True)
+@click.option("--cost", metavar="FILE|JSON", help="Seconds of a step: what `servekit simulate fit` wrote. Needed.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Requests, JSON lines; unset: drawn as told below.")
+@click.option("--num-requests", default=1000, show_default=True, help="Requests, or sessions of --num-turns.")
+@click.option("--request-rate", default=10.0, show_default=True, help="Requests a second; inf: all at once.")
+@click.option("--arrivals", default="poisson", show_default=True, help="poisson, constant or burst.")
+@click.option("--burst-size", default=10, show_default=True, help="Requests that come together.")
+@click.option(
+    "--prompt-tokens", default="fixed:200", show_default=True, help="fixed:N, uniform:LOW:HIGH, lognormal:..."
+)
+@click.option("--output-tokens", default="fixed:200", show_default=True, help="lognormal:MEDIAN:SIGMA or trace:FILE.")
+@click.option("--num-prefix-groups", default=0, show_default=True, help="Prompts begin with the prefix of one of them.")
+@click.option("--prefix-tokens", default=0, show_default=True, help="Length of that prefix.")
+@click.option("--num-turns", default=1, show_default=True, help="Turns of a session.")
+@click.option("--think-s", default=1.0, show_default=True, help="Mean seconds between an answer and the next turn.")
+@click.option("--num-tenants", default=1, show_default=True, help="Tenants, for the fair policy.")
+@click.option("--num-priorities", default=1, show_default=True, help="Priorities, for the priority policy.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--num-replicas", default=1, show_default=True, help="Engines that are all alike.")
+@click.option("--router", default="round_robin", show_default=True, help="round_robin, least_loaded or prefix_aware.")
+@click.option("--num-blocks", default=4096, show_default=True, help="KV blocks of a replica.")
+@click.option("--block-size", default=16, show_default=True, help="Tokens per KV block.")
+@click.option("--enable-prefix-caching/--no-prefix-caching", default=True, show_default=True)
+@click.option("--max-num-seqs", default=64, show_default=True, help="Sequences computed together.")
+@click.option("--max-num-batched-tokens", default=2048, show_default=True, help="Tokens a step computes at the most.")
+@click.option("--max-model-len", default=2048, show_default=True, help="Longest context in tokens.")
+@click.option(
+    "--long-prefill-token-threshold", default=0, show_default=True, help="Longest prefill chunk; 0: no bound."
+)
+@click.option("--scheduling-policy", default="fcfs", show_default=True, help="fcfs, priority or fair.")
+@click.option("--step-by-step", is_flag=True, help="Visit every row in every step: the same answers, later.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures there, and no table.")
+@click.option(
+    "--plot", "plot_file", type=click.Path(path_type=Path), help="Draw curves there, by its ending: .png, .svg"
+)
+@click.pass_context
+def simulate(context: click.Context, /, **settings: Any) -> int:
+    """Try a workload on the real scheduler in virtual time: what would N replicas do with it?"""
+    if context.invoked_subcommand is not None:
+        return 0
+    from servekit.simulate.command import run
+
+    run(**settings)
+    return 0
+
+
+@simulate.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The profile: JSON lines, one a step.")
+@click.option("--grid-rows", default="1,2,4,8,16,32,64", show_default=True, help="Numbers of sequences to try.")
+@click.option("--grid-prompt-tokens", default="1,16,64,256,512", show_default=True, help="Lengths of prompts to try.")
+@click.option("--num-repeats", default=3, show_default=True, help="Rounds, after one to warm up.")
+@engine_options
+def measure(model: Path, out: Path, grid_rows: str, grid_prompt_tokens: str, num_repeats: int, **settings: Any) -> int:
+    """Time the steps of MODEL here, for `servekit simulate fit`."""
+    from servekit.simulate.command import numbers_of
+    from servekit.simulate.measure import Grid, measure
+    from servekit.simulate.profile import write_profile
+
+    rows = numbers_of(grid_rows, "grid_rows")
+    grid = Grid(
+        num_rows=rows, num_prompt_tokens=numbers_of(grid_prompt_tokens, "grid_prompt_tokens"), num_repeats=num_repeats
+    )
+    steps = measure(EngineConfig(model=str(model), **settings), grid)
+    write_profile(out, steps)
+    click.echo(f"{len(steps)} steps in {out}")
+    return 0
+
+
+@simulate.command()
+@click.argument("profile", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Write the cost model there, for --cost.")
+def fit(profile: Path, out: Path | None) -> int:
+    """Make a cost model of PROFILE, measured steps, and say how well it fits."""
+    from servekit.simulate.command import fit_profile
+
+    click.echo(fit_profile(profile, out))
+    return 0
+
+
 @cli.command()
 def info() -> int:
     """What this machine has, and which kernels are here."""

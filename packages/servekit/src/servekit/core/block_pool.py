@@ -49,7 +49,17 @@ class BlockPool:
         """
         if count > self.num_free:
             raise OutOfBlocks(f"asked for {count} blocks, {self.num_free} are free")
-        return [self._take_oldest() for _ in range(count)]
+        taken, block = [], self._next[NULL_BLOCK]
+        for _ in range(count):
+            if self._cached[block]:
+                self._cached[block] = 0
+                self._on_evict(block)
+            self._references[block] = 1
+            taken.append(block)
+            block = self._next[block]
+        self._next[NULL_BLOCK], self._previous[block] = block, NULL_BLOCK
+        self.num_free -= count
+        return taken
 
     def touch(self, block: int) -> None:
         """One more holder of ``block``; a cached free block leaves the queue."""
@@ -85,15 +95,6 @@ class BlockPool:
             order.append(block)
             block = self._next[block]
         return order
-
-    def _take_oldest(self) -> int:
-        block = self._next[NULL_BLOCK]
-        self._unlink(block)
-        if self._cached[block]:
-            self._cached[block] = 0
-            self._on_evict(block)
-        self._references[block] = 1
-        return block
 
     def _unlink(self, block: int) -> None:
         before, after = self._previous[block], self._next[block]

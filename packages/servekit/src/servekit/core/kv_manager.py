@@ -225,10 +225,13 @@ class KVManager:
         first, last = before // self.block_size, request.num_confirmed // self.block_size
         if not self.shares_prefixes or first == last:
             return
-        keys = self._hasher.keys(request, last)
-        for index in range(first, last):
-            tokens = request.token_ids[index * self.block_size : (index + 1) * self.block_size]
-            self._remember(request, index, keys[index], keys[index + 1], tokens)
+        size, keys = self.block_size, self._hasher.keys(request, last)
+        tokens = tuple(request.token_ids[first * size : last * size])
+        for pool, cache, table in zip(self.pools, self.caches, request.tables, strict=True):
+            for index in range(first, last):
+                block, start = table[index], (index - first) * size
+                if block != NULL_BLOCK and cache.add(block, keys[index], keys[index + 1], tokens[start : start + size]):
+                    pool.mark_cached(block)
 
     def _share_tail(self, request: Request) -> None:
         whole, rest = divmod(request.num_confirmed, self.block_size)
@@ -237,13 +240,10 @@ class KVManager:
         start = whole * self.block_size
         if any(position >= start for position, _ in request.media):
             return
-        tokens = request.token_ids[start : request.num_confirmed]
-        self._remember(request, whole, self._hasher.keys(request, whole)[whole], None, tokens)
-
-    def _remember(self, request: Request, index: int, parent: bytes, key: bytes | None, tokens: list[int]) -> None:
+        tokens, parent = request.token_ids[start : request.num_confirmed], self._hasher.keys(request, whole)[whole]
         for pool, cache, table in zip(self.pools, self.caches, request.tables, strict=True):
-            block = table[index]
-            if block != NULL_BLOCK and cache.add(block, parent, key, tokens):
+            block = table[whole]
+            if block != NULL_BLOCK and cache.add(block, parent, None, tokens):
                 pool.mark_cached(block)
 
     def forget_all(self) -> None:

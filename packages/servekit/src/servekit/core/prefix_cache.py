@@ -44,13 +44,20 @@ class Hasher:
         hashes, size = request.hashes, self._block_size
         if not hashes:
             hashes.append(self.root(request))
-        for index in range(len(hashes) - 1, num_blocks):
-            start = index * size
-            tokens = request.token_ids[start : start + size]
-            media = [digest for position, digest in request.media if start <= position < start + size]
-            content = array("q", tokens).tobytes() + "\0".join(media).encode()
-            hashes.append(sha256(hashes[-1] + content).digest())
+        first = len(hashes) - 1
+        content = array("q", request.token_ids[first * size : num_blocks * size]).tobytes()
+        width, key = array("q").itemsize * size, hashes[-1]
+        for index in range(first, num_blocks):
+            start = (index - first) * width
+            block = content[start : start + width]
+            key = sha256(key + block + self._media_in(request, index) if request.media else key + block).digest()
+            hashes.append(key)
         return hashes[: num_blocks + 1]
+
+    def _media_in(self, request: Request, index: int) -> bytes:
+        """What begins in block ``index`` beside tokens."""
+        start, end = index * self._block_size, (index + 1) * self._block_size
+        return "\0".join(digest for position, digest in request.media if start <= position < end).encode()
 
 
 class PrefixCache:

@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from common_platform.errors import RequestError
 from servekit.core.config import CacheConfig, SchedulerConfig
@@ -174,10 +175,14 @@ class Scheduler:
 
     # --- one step ---
 
-    def plan_step(self) -> StepPlan:
-        """Spend one step's token budget: running requests first, then waiting ones."""
+    def plan_step(self, *, spent_tokens: int = 0) -> StepPlan:
+        """Spend one step's token budget: running requests first, then waiting ones.
+
+        Args:
+            spent_tokens: what rows that are not in ``running`` take of the budget, see ``catch_up``.
+        """
         self._expire()
-        draft = Draft(tokens_left=self.config.max_num_batched_tokens)
+        draft = Draft(tokens_left=self.config.max_num_batched_tokens - spent_tokens)
         self._continue_running(draft)
         if not draft.preempted:  # blocks are short: finish what we have first
             self._admit_waiting(draft)
@@ -355,6 +360,27 @@ class Scheduler:
             self._stats.steps += 1
             self._stats.computed_tokens += self.config.max_num_batched_tokens - draft.tokens_left
         return plan
+
+    def catch_up(self, request: Request, token_ids: Sequence[int]) -> None:
+        """Bring ``request`` to where one step for each of ``token_ids`` would have: plain decodes, none its last.
+
+        For a driver that takes rows out of ``running`` while all that happens to them is known, as the simulator does.
+        It grows their block tables meanwhile, and leaves the budget of ``plan_step`` as they would.
+        """
+        before, count = request.num_confirmed, len(token_ids)
+        request.token_ids.extend(token_ids)
+        request.num_known += count
+        request.num_computed += count
+        request.num_confirmed += count
+        self.kv.share_computed(request, before)
+        request.decodes_until = self._decodes_until(request)
+        self._stats.generated_tokens += count
+        if self._served:
+            self._served(request, count)
+
+    def rank(self, request: Request) -> Any:
+        """Sorts ascending: the first runs first, the last gives way first."""
+        return self._policy.rank(request)
 
     # --- its result ---
 
