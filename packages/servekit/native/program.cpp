@@ -68,6 +68,8 @@ struct Operation {
   int64_t nanoseconds = 0;
 };
 
+constexpr int64_t SMALL_STEP = 1 << 19;  // multiplications, or numbers read: less is done before another thread wakes
+
 int share(int64_t count, int part) { return static_cast<int>((count + part - 1) / part); }
 
 struct Embed final : Operation {
@@ -234,6 +236,7 @@ struct sk_program {
   std::vector<std::unique_ptr<Operation>> operations;
   std::vector<std::vector<uint8_t>> scratch;  // one a thread
   Context context;
+  int64_t weights = 0;  // that a token is multiplied with
 
   template <class Op>
   Op& add() {
@@ -274,7 +277,7 @@ struct sk_program {
 
   void run(const sk_step* step) {
     ready(step);
-    pool->pool.run([this](int thread) {
+    const std::function<void(int)> part = [this](int thread) {
       auto* aligned = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch[thread].data()) + 63) & ~uintptr_t{63});
       const Scratch mine{aligned, scratch[thread].size()};
       auto then = std::chrono::steady_clock::now();
@@ -293,7 +296,9 @@ struct sk_program {
           then = now;
         }
       }
-    });
+    };
+    if (step->tokens * weights < SMALL_STEP) part(0);
+    else pool->pool.run(part);
   }
 };
 
@@ -374,6 +379,7 @@ void sk_add_linear(sk_program* program, const sk_rows* x, const sk_matrix* weigh
                    const sk_rows* out) {
   auto& op = program->add<Linear>();
   op.x = *x, op.weight = *weight, op.epilogue = epilogue, op.out = *out, op.threads = program->pool->pool.threads();
+  program->weights += static_cast<int64_t>(weight->n) * weight->k;
 }
 
 void sk_add_rotary(sk_program* program, const sk_rows* qkv, int32_t heads, const float* angles, const float* q_norm,
@@ -392,10 +398,12 @@ void sk_add_attention(sk_program* program, const sk_rows* queries, int32_t heads
 void sk_argmax(sk_pool* pool, const float* logits, int64_t rows, int64_t cols, int64_t stride, int64_t* ids,
                float* highest) {
   std::atomic<int64_t> next{0};
-  pool->pool.run([&](int) {
+  const auto part = [&](int) {
     for (int64_t row = next++; row < rows; row = next++)
       kernels().argmax(logits + row * stride, cols, ids + row, highest + row);
-  });
+  };
+  if (rows * cols < SMALL_STEP) part(0);
+  else pool->pool.run(part);
 }
 
 }  // extern "C"

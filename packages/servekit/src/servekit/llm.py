@@ -209,7 +209,8 @@ class LLM:
         if self.is_sleeping:
             raise ResourceError(message="the engine sleeps: call wake_up() first")
         requests = [
-            self._validated(prompt, one, add_special_tokens) for prompt, one in zip(prompts, params, strict=True)
+            self._validated(prompt, one, add_special_tokens).told_at_the_end()
+            for prompt, one in zip(prompts, params, strict=True)
         ]
         if pooling:
             requests = [msgspec.structs.replace(request, pooling=pooling) for request in requests]

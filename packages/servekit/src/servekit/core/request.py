@@ -98,6 +98,7 @@ class Request:
         held: RequestState | None = None,
         fork_of: str | None = None,
         pooling: str = "",
+        final_only: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """A request as the door has checked it.
@@ -109,6 +110,7 @@ class Request:
             held: the state to start in, where something must be ready first.
             fork_of: the id of the request that computes the same prompt.
             pooling: last | mean | all: what to return of the prompt's hidden states, without an answer.
+            final_only: tell nothing before the end, and then everything; not with logprobs.
         """
         self.id = request_id
         self.sampling = sampling
@@ -121,6 +123,7 @@ class Request:
         self.media = sorted(media)
         self.fork_of = fork_of
         self.pooling = pooling
+        self.final_only = final_only
         self.arrival = clock()
         self.order = 0  # the scheduler's running number, ties of arrival included
 

@@ -422,7 +422,8 @@ class Scheduler:
             ):
                 request.num_confirmed = confirmed  # the common case: no call is made for it
                 request.token_ids.append(token)
-                outbox.append(RequestUpdate(request.id, (token,)))
+                if not request.final_only:
+                    outbox.append(RequestUpdate(request.id, (token,)))
                 num_plain += 1
             elif not request.is_finished:
                 self._take_token(_decode_row(request), [token])
@@ -487,6 +488,8 @@ class Scheduler:
         logprobs: list[TokenLogprob],
         ended: tuple[FinishReason, int | None] | None,
     ) -> None:
+        if request.final_only and not ended:
+            return
         prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
         if ended:
             self._finish(request, *ended, new=new, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
@@ -527,12 +530,13 @@ class Scheduler:
         self._forget_fork(request)
         self._release_siblings(request.id)
         self._stats.count_finished(reason.value)
+        tokens = request.token_ids[request.num_prompt :] if request.final_only else list(new)
         self._outbox.append(
             RequestUpdate(
                 request.id,
-                list(new),
+                tokens,
                 list(logprobs),
-                list(prompt_logprobs),
+                list(prompt_logprobs or request.prompt_logprobs),
                 finish_reason=reason.value,
                 stop_reason=stop_reason,
                 error=error,

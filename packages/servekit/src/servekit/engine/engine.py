@@ -135,6 +135,7 @@ class EngineCore:
                 held=RequestState.WAITING_GRAMMAR if spec else None,
                 fork_of=request.child_id(0) if index else None,
                 pooling=request.pooling,
+                final_only=request.final_only,
             )
             try:
                 self.scheduler.add(sequence)

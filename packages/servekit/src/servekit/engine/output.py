@@ -66,12 +66,13 @@ class _Sequence:
     def add(self, update: RequestUpdate) -> bool:
         """Take in new tokens; True where a stop string ends the answer before the core did."""
         output = self.output
-        if self._only_tokens and update.finish_reason is None:
+        output.delta_text, output.delta_token_ids, output.delta_logprobs = "", [], []
+        if self._only_tokens:
             output.token_ids += update.token_ids
             output.delta_token_ids = list(update.token_ids)
-            return False
-        output.delta_text, output.delta_token_ids, output.delta_logprobs = "", [], []
-        for index, token in enumerate(update.token_ids):
+            if update.finish_reason is None:
+                return False
+        for index, token in enumerate(() if self._only_tokens else update.token_ids):
             self._add_token(token, update.logprobs[index] if update.logprobs else None)
             if self._stop.found is not None:
                 output.finish_reason, output.stop_reason = "stop", self._stop.found

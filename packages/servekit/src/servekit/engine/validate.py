@@ -28,10 +28,17 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     cache_salt: str = ""
     timeout_s: float | None = None  # from its arrival at the engine
     pooling: str = ""  # last | mean | all: what to return of the prompt's hidden states, without an answer
+    final_only: bool = False  # nothing is told before the end
 
     @property
     def num_sequences(self) -> int:
         return self.sampling.best_of or self.sampling.n
+
+    def told_at_the_end(self) -> EngineRequest:
+        """The request as one of which nothing is told before its end, where nothing has to be: that costs less."""
+        params = self.sampling
+        needs_news = params.stop or params.logprobs is not None or self.num_sequences > params.n
+        return self if needs_news else msgspec.structs.replace(self, final_only=True)
 
     def child_id(self, index: int) -> str:
         return f"{self.request_id}#{index}"

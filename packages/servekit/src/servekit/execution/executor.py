@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ KERNELS = ("auto", "native", "reference")
 FORMATS = {"int8": "I8", "int4": "I4"}  # what --quantization makes of weights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_BLOCK = 16
+SHORT_STEP_S = 5e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,8 @@ class InProcessExecutor:
         self._proposer = self._make_proposer()
         self._runner: ModelRunner | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="servekit-executor")
+        self._last: Future[Any] = self._thread.submit(lambda: None)
+        self._last_s = SHORT_STEP_S  # that the last step took
 
     def _dtype(self, config: ExecutorConfig, folder: ModelFolder) -> torch.dtype:
         """On a CPU without our kernels bfloat16 can be very slow: it is used where it was asked for."""
@@ -199,10 +203,25 @@ class InProcessExecutor:
         )
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
-        """Carry ``plan`` out after those submitted before."""
+        """Carry ``plan`` out after those submitted before: in a thread of its own, unless steps are short."""
         if self._runner is None:
             raise RuntimeError("submit() before start()")
-        return self._thread.submit(self._runner.execute, plan)
+        if self._last.done() and self._last_s < SHORT_STEP_S:  # handing it over would take as long
+            done: Future[StepResult] = Future()
+            try:
+                done.set_result(self._timed(self._runner, plan))
+            except Exception as error:  # noqa: BLE001 - for whoever asks for the result
+                done.set_exception(error)
+            self._last = done
+        else:
+            self._last = self._thread.submit(self._timed, self._runner, plan)
+        return self._last
+
+    def _timed(self, runner: ModelRunner, plan: StepPlan) -> StepResult:
+        start = time.perf_counter()
+        result = runner.execute(plan)
+        self._last_s = time.perf_counter() - start
+        return result
 
     def collective_rpc(
         self, method: str | Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
