@@ -13,12 +13,13 @@ from starlette.routing import Match
 from tests.servekit.server.processes import ServerProcess
 from tests.servekit.server.rows import COMPLETIONS, completion
 
-from servekit.server.routes import chat, completions, health, models, tokens
+from servekit.server.app import ROUTES as MODULES
+from servekit.server.routes import health
 
 KEY, OTHER = "correct-horse-battery", "another-key-entirely"
 ROUTES = [
     (method, route.path.replace("{name:path}", "M"))
-    for routes in (health, models, completions, chat, tokens)
+    for routes in MODULES
     for route in routes.router.routes
     for method in route.methods
 ]
@@ -117,7 +118,7 @@ def test_one_route_is_public() -> None:
     assert [route.path for route in health.router.routes if route.matches(scope)[0] is Match.FULL] == ["/health"]
     public = [
         route.path
-        for routes in (health, models, completions, chat, tokens)
+        for routes in MODULES
         for route in routes.router.routes
         if getattr(route.endpoint, "is_public", False)
     ]

@@ -10,8 +10,10 @@ from servekit.server import errors
 from servekit.server.auth import Auth
 from servekit.server.config import ServerConfig
 from servekit.server.middleware import Envelope
-from servekit.server.routes import chat, completions, health, models, tokens
+from servekit.server.routes import chat, completions, health, metrics, models, tokens
 from servekit.server.state import make_state
+
+ROUTES = (health, metrics, models, completions, chat, tokens)
 
 
 def build_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
@@ -21,7 +23,7 @@ def build_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     """
     app = FastAPI(title="servekit", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.server = make_state(engine, config)
-    for routes in (health, models, completions, chat, tokens):
+    for routes in ROUTES:
         app.router.routes.extend(routes.router.routes)  # flat: the door looks at the route that answers
     errors.install(app)
     return app
@@ -29,4 +31,4 @@ def build_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
 
 def guarded(app: FastAPI, config: ServerConfig) -> ASGIApp:
     """What listens to the network: ``app`` behind its keys."""
-    return Envelope(Auth(app, app.router, config.api_keys))
+    return Envelope(Auth(app, app.router, config.api_keys), app.state.server.metrics.answered)

@@ -40,15 +40,17 @@ class Auth:
         self._digests = [digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._digests or self._is_public(scope):
+        if scope["type"] != "http" or not self._digests:
             await self._app(scope, receive, send)
             return
         try:
             scope["state"]["tenant"] = self._tenant(scope)
         except RequestError as error:
-            response = error_response(error, request_id_of(Request(scope)))
-            await response(scope, receive, send)
-            return
+            if not self._is_public(scope):
+                response = error_response(error, request_id_of(Request(scope)))
+                await response(scope, receive, send)
+                return
+            scope["state"]["is_stranger"] = True
         await self._app(scope, receive, send)
 
     def _is_public(self, scope: Scope) -> bool:

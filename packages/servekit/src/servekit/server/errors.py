@@ -16,6 +16,8 @@ CLIENT_GONE = 499  # in the log only: there is nobody to send it to
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ROUTING = {404: ("not_found", "no such route"), 405: ("method_not_allowed", "the route does not know this method")}
 
+TOLD = {"not_ready": "not ok", "engine_stalled": "the engine does not answer"}
+
 
 class ClientGone(Exception):
     """The caller left; there is nobody to answer."""
@@ -40,7 +42,9 @@ def body_of(error: PlatformError, request_id: str) -> tuple[int, dict[str, Any]]
     status = status_of(error)
     if status == 500:
         return status, internal_error(request_id)
-    message = "the engine has stopped" if isinstance(error, EngineDead) else error.message
+    message = error.message
+    if isinstance(error, EngineDead):
+        message = TOLD.get(error.code, "the engine has stopped")
     return status, error_body(status, error.code, message, error.param)
 
 

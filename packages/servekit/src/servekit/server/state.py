@@ -14,6 +14,7 @@ from servekit.server.completions import completion_fields
 from servekit.server.config import ServerConfig
 from servekit.server.generation import Generation
 from servekit.server.health import Heartbeat
+from servekit.server.metrics import Metrics
 from servekit.server.protocol import Door
 from servekit.server.template import template_variables
 
@@ -27,6 +28,7 @@ class ServerState:
     admission: Admission
     heartbeat: Heartbeat
     door: Door
+    metrics: Metrics
     completion_checks: dict[str, f.Check] = field(init=False)
     chat_checks: dict[str, f.Check] = field(init=False)
 
@@ -35,13 +37,14 @@ class ServerState:
         self.chat_checks = chat_fields(self.door, template_variables(self.engine.config.model))
 
     def generation(self) -> Generation:
-        return Generation(self.engine, self.admission)
+        return Generation(self.engine, self.admission, self.metrics)
 
 
 def make_state(engine: AsyncEngine, config: ServerConfig) -> ServerState:
     admission = Admission(engine, config.limits)
     heartbeat = Heartbeat(engine, step_stall_s=config.limits.step_stall_s)
-    return ServerState(engine, config, admission, heartbeat, Door(engine.facts, config))
+    metrics = Metrics(config.served_model_names[0])
+    return ServerState(engine, config, admission, heartbeat, Door(engine.facts, config), metrics)
 
 
 def state_of(request: Request) -> ServerState:

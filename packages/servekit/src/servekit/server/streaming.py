@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
-from fastapi import Request, Response
+from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from common_platform.errors import PlatformError
@@ -139,8 +139,3 @@ async def _paced(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, N
 
 async def _following(events: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(events, b"")
-
-
-def tenant_of(request: Request) -> str:
-    """The key that the request came with, as a name; empty where no keys are set."""
-    return str(request.scope["state"].get("tenant", ""))

@@ -11,12 +11,13 @@ from common_platform.errors import RequestError
 from servekit.engine.output import CompletionOutput, RequestOutput
 from servekit.engine.validate import MAX_CHARS_PER_TOKEN
 from servekit.server.body import read_json
+from servekit.server.caller import Caller, caller_of
 from servekit.server.chat import ChatRequest, read_chat
-from servekit.server.errors import json_response, request_id_of
+from servekit.server.errors import json_response
 from servekit.server.formats import Envelope, Usage, chat_logprobs, prompt_logprobs
 from servekit.server.generation import Job
 from servekit.server.state import ServerState, state_of
-from servekit.server.streaming import EventStream, event, tenant_of, while_connected
+from servekit.server.streaming import EventStream, event, while_connected
 
 router = APIRouter()
 
@@ -27,7 +28,7 @@ async def chat_completions(request: Request) -> Response:
     body = await read_json(request, state.config.limits)
     asked = read_chat(state.door, body, state.chat_checks)
     prompt = render(state, asked.messages, asked.add_generation_prompt, asked.template_variables)
-    answer = _Answer(state, asked, prompt, request_id_of(request), tenant_of(request))
+    answer = _Answer(state, asked, prompt, caller_of(request))
     if asked.stream:
         return EventStream(answer.events(), state.config.limits.stream_stall_s)
     return json_response(await while_connected(request.receive, answer.whole()))
@@ -53,14 +54,13 @@ def render(state: ServerState, messages: list[dict[str, Any]], add_generation_pr
 class _Answer:
     """One answer on its way: ``n`` choices to one chat."""
 
-    def __init__(self, state: ServerState, asked: ChatRequest, prompt: str, request_id: str, tenant: str) -> None:
+    def __init__(self, state: ServerState, asked: ChatRequest, prompt: str, caller: Caller) -> None:
         self._state = state
         self._asked = asked
-        self._request_id = request_id
-        self._tenant = tenant
+        self._caller = caller
         self._job = Job(asked, [prompt], ["prompt"], asked.add_special_tokens)
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-        self._envelope = Envelope(f"chatcmpl-{request_id[4:]}", kind, asked.model)
+        self._envelope = Envelope(f"chatcmpl-{caller.request_id[4:]}", kind, asked.model)
         self._usage = Usage()
         self._begun: set[int] = set()  # choices whose role has been sent
 
@@ -69,7 +69,7 @@ class _Answer:
         latest: dict[int, CompletionOutput] = {}
         output: RequestOutput | None = None
         try:
-            await generation.open(self._job, request_id=self._request_id, tenant=self._tenant)
+            await generation.open(self._job, self._caller)
             async for prompt, output in generation.outputs():
                 self._usage.add(prompt, output)
                 latest |= {choice.index: choice for choice in output.outputs}
@@ -92,7 +92,7 @@ class _Answer:
         generation = self._state.generation()
         with self._state.admission.stream():
             try:
-                await generation.open(self._job, request_id=self._request_id, tenant=self._tenant)
+                await generation.open(self._job, self._caller)
                 async for prompt, output in generation.outputs():
                     self._usage.add(prompt, output)
                     for choice in output.outputs:
