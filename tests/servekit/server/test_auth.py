@@ -123,3 +123,11 @@ def test_one_route_is_public() -> None:
         if getattr(route.endpoint, "is_public", False)
     ]
     assert public == ["/health"]
+
+
+def test_a_model_for_text_gives_no_embeddings(http: httpx.Client) -> None:  # srv-144
+    body = {"model": "M", "input": "hi"}
+    answer = http.post("/v1/embeddings", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "unsupported", "model")
+    assert "embeddings" in error["message"]

@@ -107,6 +107,7 @@ def cli(debug: bool) -> None:
 @click.option("--allow-insecure-bind", "--insecure-no-auth", is_flag=True, help="Listen beyond loopback without a key.")
 @click.option("--ignore-unknown-fields", is_flag=True, help="Do not refuse fields that are not known.")
 @click.option("--allow-request-priority", is_flag=True, help="Let callers set priority.")
+@click.option("--pooling", default="auto", show_default=True, help="How /v1/embeddings works: none, last or mean.")
 @click.option("--shutdown-timeout-s", "--drain-s", default=30.0, show_default=True, help="Seconds for requests to end.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @engine_options
@@ -121,6 +122,7 @@ def serve(
     allow_insecure_bind: bool,
     ignore_unknown_fields: bool,
     allow_request_priority: bool,
+    pooling: str,
     shutdown_timeout_s: float,
     log_level: str,
     **settings: Any,
@@ -135,6 +137,7 @@ def serve(
         allow_insecure_bind=allow_insecure_bind,
         ignore_unknown_fields=ignore_unknown_fields,
         allow_request_priority=allow_request_priority,
+        pooling=pooling,
         shutdown_timeout_s=shutdown_timeout_s,
         limits=ServerLimits(**limits),
     )

@@ -178,8 +178,8 @@ class AsyncEngine:
         """Check a request and send it to the engine.
 
         Args:
-            about: ``priority``, ``tenant``, ``cache_salt``, ``timeout_s``, ``add_special_tokens``, ``param``: as
-                ``validate`` takes them.
+            about: ``priority``, ``tenant``, ``cache_salt``, ``timeout_s``, ``add_special_tokens``, ``param``,
+                ``pooling``: as ``validate`` takes them.
 
         Raises:
             RequestError: it cannot be served.

@@ -10,10 +10,10 @@ from servekit.server import errors
 from servekit.server.auth import Auth
 from servekit.server.config import ServerConfig
 from servekit.server.middleware import Envelope
-from servekit.server.routes import chat, completions, health, metrics, models, tokens
+from servekit.server.routes import chat, completions, embeddings, health, metrics, models, tokens
 from servekit.server.state import make_state
 
-ROUTES = (health, metrics, models, completions, chat, tokens)
+ROUTES = (health, metrics, models, completions, chat, embeddings, tokens)
 
 
 def build_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:

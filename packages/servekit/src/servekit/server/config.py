@@ -8,6 +8,7 @@ import math
 import msgspec
 
 from common_platform.errors import ConfigError
+from servekit.server.embedding_model import POOLING
 from servekit.server.limits import ServerLimits
 
 
@@ -26,6 +27,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ignore_unknown_fields: bool = False
     allow_request_priority: bool = False
     shutdown_timeout_s: float = 30.0
+    pooling: str = "auto"  # auto | none | last | mean: how /v1/embeddings makes a vector of a prompt
     limits: ServerLimits = ServerLimits()
 
     def __post_init__(self) -> None:
@@ -33,6 +35,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("port", self.port, "0..65535", flag="--port")
         if not (math.isfinite(self.shutdown_timeout_s) and self.shutdown_timeout_s >= 0):
             raise ConfigError("shutdown_timeout_s", self.shutdown_timeout_s, "0 or more", flag="--shutdown-timeout-s")
+        if self.pooling not in POOLING:
+            raise ConfigError("pooling", self.pooling, f"one of {POOLING}", flag="--pooling")
         for name in self.served_model_names:
             if not name or len(name) > 256 or not name.isprintable():
                 raise ConfigError("served_model_name", name, "1..256 characters", flag="--served-model-name")

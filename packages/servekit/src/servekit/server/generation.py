@@ -84,6 +84,7 @@ class Generation:
             add_special_tokens=add_special_tokens,
             timeout_s=job.request.timeout_s,
             param=job.param_of[index],
+            pooling=job.request.pooling,
         )
         self._records.append(record)
         return stream
@@ -118,9 +119,12 @@ class Generation:
         for stream, record in zip(self._streams, self._records, strict=False):
             record.cut_off(stream.request.sampling.n, reason)
         if self._records:
-            self._log["prompt_tokens"] = sum(record.num_prompt_tokens for record in self._records)
-            self._log["completion_tokens"] = sum(record.num_generated_tokens for record in self._records)
+            self._count("prompt_tokens", sum(record.num_prompt_tokens for record in self._records))
+            self._count("completion_tokens", sum(record.num_generated_tokens for record in self._records))
         self._streams, self._records, self._engine_ids = [], [], []
+
+    def _count(self, name: str, tokens: int) -> None:
+        self._log[name] = self._log.get(name, 0) + tokens
 
 
 async def _merged(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, RequestOutput]]:

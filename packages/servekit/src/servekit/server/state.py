@@ -12,6 +12,7 @@ from servekit.server.admission import Admission
 from servekit.server.chat import chat_fields
 from servekit.server.completions import completion_fields
 from servekit.server.config import ServerConfig
+from servekit.server.embedding_model import EmbeddingModel, embedding_model
 from servekit.server.generation import Generation
 from servekit.server.health import Heartbeat
 from servekit.server.metrics import Metrics
@@ -29,6 +30,7 @@ class ServerState:
     heartbeat: Heartbeat
     door: Door
     metrics: Metrics
+    embedding_model: EmbeddingModel
     completion_checks: dict[str, f.Check] = field(init=False)
     chat_checks: dict[str, f.Check] = field(init=False)
 
@@ -44,7 +46,8 @@ def make_state(engine: AsyncEngine, config: ServerConfig) -> ServerState:
     admission = Admission(engine, config.limits)
     heartbeat = Heartbeat(engine, step_stall_s=config.limits.step_stall_s)
     metrics = Metrics(config.served_model_names[0])
-    return ServerState(engine, config, admission, heartbeat, Door(engine.facts, config), metrics)
+    embeds = embedding_model(engine.config.model, config.pooling)
+    return ServerState(engine, config, admission, heartbeat, Door(engine.facts, config), metrics, embeds)
 
 
 def state_of(request: Request) -> ServerState:
