@@ -107,6 +107,11 @@ def cli(debug: bool) -> None:
 @click.option("--allow-insecure-bind", "--insecure-no-auth", is_flag=True, help="Listen beyond loopback without a key.")
 @click.option("--ignore-unknown-fields", is_flag=True, help="Do not refuse fields that are not known.")
 @click.option("--allow-request-priority", is_flag=True, help="Let callers set priority.")
+@click.option(
+    "--tool-call-parser", default="auto", show_default=True, help="How the model writes calls; none: no tools."
+)
+@click.option("--reasoning-parser", default="auto", show_default=True, help="How it writes reasoning; none: as text.")
+@click.option("--allow-request-chat-template", is_flag=True, help="Let callers bring a chat template.")
 @click.option("--pooling", default="auto", show_default=True, help="How /v1/embeddings works: none, last or mean.")
 @click.option("--shutdown-timeout-s", "--drain-s", default=30.0, show_default=True, help="Seconds for requests to end.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
@@ -122,6 +127,9 @@ def serve(
     allow_insecure_bind: bool,
     ignore_unknown_fields: bool,
     allow_request_priority: bool,
+    tool_call_parser: str,
+    reasoning_parser: str,
+    allow_request_chat_template: bool,
     pooling: str,
     shutdown_timeout_s: float,
     log_level: str,
@@ -137,6 +145,9 @@ def serve(
         allow_insecure_bind=allow_insecure_bind,
         ignore_unknown_fields=ignore_unknown_fields,
         allow_request_priority=allow_request_priority,
+        tool_call_parser=tool_call_parser,
+        reasoning_parser=reasoning_parser,
+        allow_request_chat_template=allow_request_chat_template,
         pooling=pooling,
         shutdown_timeout_s=shutdown_timeout_s,
         limits=ServerLimits(**limits),

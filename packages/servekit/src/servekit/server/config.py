@@ -27,6 +27,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ignore_unknown_fields: bool = False
     allow_request_priority: bool = False
     shutdown_timeout_s: float = 30.0
+    tool_call_parser: str = "auto"  # auto | none | a name of parsers/registry.py
+    reasoning_parser: str = "auto"
+    allow_request_chat_template: bool = False
     pooling: str = "auto"  # auto | none | last | mean: how /v1/embeddings makes a vector of a prompt
     limits: ServerLimits = ServerLimits()
 

@@ -16,6 +16,7 @@ CLIENT_GONE = 499  # in the log only: there is nobody to send it to
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ROUTING = {404: ("not_found", "no such route"), 405: ("method_not_allowed", "the route does not know this method")}
 
+TOLD_CODES = {"chat_template_limit": "chat_template_limit"}  # of faults that are ours
 TOLD = {"not_ready": "not ok", "engine_stalled": "the engine does not answer"}
 
 
@@ -41,15 +42,15 @@ def body_of(error: PlatformError, request_id: str) -> tuple[int, dict[str, Any]]
     """The status and body for ``error``; of our own faults only the request's id is told."""
     status = status_of(error)
     if status == 500:
-        return status, internal_error(request_id)
+        return status, internal_error(request_id, TOLD_CODES.get(error.code, "internal_error"))
     message = error.message
     if isinstance(error, EngineDead):
         message = TOLD.get(error.code, "the engine has stopped")
     return status, error_body(status, error.code, message, error.param)
 
 
-def internal_error(request_id: str) -> dict[str, Any]:
-    return error_body(500, "internal_error", f"internal error, id {request_id}")
+def internal_error(request_id: str, code: str = "internal_error") -> dict[str, Any]:
+    return error_body(500, code, f"internal error, id {request_id}")
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -93,6 +94,8 @@ def install(app: FastAPI) -> None:
         return json_response(body, error.status_code, error.headers)
 
     async def on_bug(request: Request, error: Exception) -> Response:
+        if isinstance(error, PlatformError):
+            return json_response(body_of(error, request_id_of(request))[1], 500)
         return json_response(internal_error(request_id_of(request)), 500)
 
     async def on_client_gone(request: Request, error: Exception) -> Response:

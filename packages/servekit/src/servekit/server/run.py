@@ -99,6 +99,8 @@ class _Lifetime:
         """True where requests had to be cut off."""
         app = build_app(engine, self._config)
         self._admission = app.state.server.admission
+        templates = app.state.server.templates
+        await templates.start()
         server = self._server = _Server(self._uvicorn_config(guarded(app, self._config)))
         if self._signals:  # one came while the model was being loaded
             return True
@@ -110,6 +112,7 @@ class _Lifetime:
             heartbeat.cancel()
             ready.cancel()
             await asyncio.gather(heartbeat, ready, return_exceptions=True)
+            await templates.close()
         return self._is_cut_off
 
     async def _last_words(self) -> None:

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
+from common_platform.errors import RequestError
 from servekit.engine.async_engine import AsyncEngine
+from servekit.engine.validate import MAX_CHARS_PER_TOKEN
 from servekit.server import fields as f
 from servekit.server.admission import Admission
-from servekit.server.chat import chat_fields
+from servekit.server.chat import ChatRequest, chat_fields
 from servekit.server.completions import completion_fields
 from servekit.server.config import ServerConfig
 from servekit.server.embedding_model import EmbeddingModel, embedding_model
@@ -17,7 +19,9 @@ from servekit.server.generation import Generation
 from servekit.server.health import Heartbeat
 from servekit.server.metrics import Metrics
 from servekit.server.protocol import Door
-from servekit.server.template import template_variables
+from servekit.server.template import ChatModel, chat_model
+from servekit.server.templates import ChatPrompt, TemplateLimits, Templates
+from servekit.server.turn import Turn
 
 
 @dataclass(slots=True)
@@ -30,16 +34,35 @@ class ServerState:
     heartbeat: Heartbeat
     door: Door
     metrics: Metrics
+    chat_model: ChatModel
+    templates: Templates
     embedding_model: EmbeddingModel
     completion_checks: dict[str, f.Check] = field(init=False)
     chat_checks: dict[str, f.Check] = field(init=False)
 
     def __post_init__(self) -> None:
         self.completion_checks = completion_fields(self.door)
-        self.chat_checks = chat_fields(self.door, template_variables(self.engine.config.model))
+        self.chat_checks = chat_fields(self.door, self.chat_model)
 
     def generation(self) -> Generation:
         return Generation(self.engine, self.admission, self.metrics)
+
+    async def turn(self, asked: ChatRequest) -> Turn:
+        """The turn that answers ``asked``, whose prompt is rendered here."""
+        return Turn(self.generation(), self.engine.tokenizer, asked, await self.render(asked.prompt))
+
+    async def render(self, prompt: ChatPrompt) -> str:
+        """The text of a chat; one that could never fit is not rendered.
+
+        Raises:
+            RequestError: too long, or refused by the template.
+        """
+        most = self.engine.facts.max_model_len
+        num_chars = sum(len(message.get("content") or "") for message in prompt.messages)
+        if num_chars > most * MAX_CHARS_PER_TOKEN:
+            allowed, got = f"at most {most} tokens, prompt and answer together", f"{num_chars} characters"
+            raise RequestError("messages", got, allowed, code="context_length_exceeded", flag="--max-model-len")
+        return await self.templates.render(prompt)
 
 
 def make_state(engine: AsyncEngine, config: ServerConfig) -> ServerState:
@@ -47,7 +70,20 @@ def make_state(engine: AsyncEngine, config: ServerConfig) -> ServerState:
     heartbeat = Heartbeat(engine, step_stall_s=config.limits.step_stall_s)
     metrics = Metrics(config.served_model_names[0])
     embeds = embedding_model(engine.config.model, config.pooling)
-    return ServerState(engine, config, admission, heartbeat, Door(engine.facts, config), metrics, embeds)
+    model = chat_model(
+        engine.config.model, tool_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser
+    )
+    return ServerState(
+        engine=engine,
+        config=config,
+        admission=admission,
+        heartbeat=heartbeat,
+        door=Door(engine.facts, config),
+        metrics=metrics,
+        chat_model=model,
+        templates=Templates(model, TemplateLimits(timeout_s=config.limits.template_timeout_s)),
+        embedding_model=embeds,
+    )
 
 
 def state_of(request: Request) -> ServerState:

@@ -9,13 +9,15 @@ class ReasoningParser(Parser):
     """Splits what comes before the end mark from what follows it.
 
     Args:
+        is_special: the marks are special tokens.
         begins_inside: the prompt ends within the reasoning, so the first mark need not come.
     """
 
     reads_reasoning = True
 
-    def __init__(self, begin: str, end: str, *, begins_inside: bool) -> None:
+    def __init__(self, begin: str, end: str, *, begins_inside: bool, is_special: bool = False) -> None:
         super().__init__()
+        self.needs_special_tokens = is_special
         self._begin, self._end, self._begins_inside = begin, end, begins_inside
 
     def read(self) -> Reading[None]:

@@ -27,7 +27,7 @@ TOOL_PARSERS: dict[str, Make] = {  # vLLM's names
 REASONING_PARSERS: dict[str, Make] = {
     "deepseek_r1": partial(ReasoningParser, "<think>", "</think>", begins_inside=True),
     "qwen3": partial(ReasoningParser, "<think>", "</think>", begins_inside=False),
-    "mistral": partial(ReasoningParser, "[THINK]", "[/THINK]", begins_inside=False),
+    "mistral": partial(ReasoningParser, "[THINK]", "[/THINK]", begins_inside=False, is_special=True),
     "openai_gptoss": HarmonyParser,
 }
 TOOL_MARKS = {  # in a chat template -> the parser of its family
