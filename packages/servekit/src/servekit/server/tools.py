@@ -68,7 +68,14 @@ def check_tool_choice(value: Any, path: str) -> str | dict[str, Any]:
 
 
 def tool_use(checked: Mapping[str, Any], model: ChatModel, limits: ServerLimits, *, is_structured: bool) -> ToolUse:
-    """Raises RequestError where tools, choice and the rest do not go together, or the model cannot have tools."""
+    """What the tools of a request mean.
+
+    Args:
+        is_structured: its text is constrained already.
+
+    Raises:
+        RequestError: tools, choice and the rest do not go together, or the model cannot have tools.
+    """
     tools, choice = checked.get("tools"), checked.get("tool_choice", "auto")
     if not tools:
         if choice not in ("none", "auto"):
@@ -81,7 +88,8 @@ def tool_use(checked: Mapping[str, Any], model: ChatModel, limits: ServerLimits,
         raise f.unsupported("tools", f"{len(tools)} tools", "none: this model's chat template does not show them")
     is_parallel = checked.get("parallel_tool_calls", True)
     if choice == "auto":
-        return _free(tools, model, is_structured=is_structured, is_parallel=is_parallel)
+        is_json = is_structured and checked.get("response_format") is not None
+        return _free(tools, model, is_json=is_json, is_parallel=is_parallel)
     if is_structured:
         limit = "auto or none beside response_format or structured_outputs"
         raise RequestError("tool_choice", choice if isinstance(choice, str) else "a function", limit, code="conflict")
@@ -97,12 +105,12 @@ def tool_use(checked: Mapping[str, Any], model: ChatModel, limits: ServerLimits,
     return ToolUse(tools, _constraint(function.get("parameters") or ANY_OBJECT), force=name)
 
 
-def _free(tools: Sequence[Tool], model: ChatModel, *, is_structured: bool, is_parallel: bool) -> ToolUse:
-    """The model decides. Where its text is bound to a format, it has no way to call."""
+def _free(tools: Sequence[Tool], model: ChatModel, *, is_json: bool, is_parallel: bool) -> ToolUse:
+    """The model decides. Where its text is bound to be JSON, it has no way to call."""
     if not model.tool_parser:
         limit = "none, or tool_choice required: what this model writes for calls is not known"
         raise f.unsupported("tools", f"{len(tools)} tools", limit, flag="--tool-call-parser")
-    return ToolUse(tools, parser="" if is_structured else model.tool_parser, is_parallel=is_parallel)
+    return ToolUse(tools, parser="" if is_json else model.tool_parser, is_parallel=is_parallel)
 
 
 def _constraint(schema: dict[str, Any]) -> StructuredOutput:
