@@ -18,7 +18,7 @@ from servekit.server.routes import health
 
 KEY, OTHER = "correct-horse-battery", "another-key-entirely"
 ROUTES = [
-    (method, route.path.replace("{name:path}", "M"))
+    (method, route.path.replace("{name:path}", "M").replace("{response_id}", "resp_x"))
     for routes in MODULES
     for route in routes.router.routes
     for method in route.methods
@@ -131,3 +131,10 @@ def test_a_model_for_text_gives_no_embeddings(http: httpx.Client) -> None:  # sr
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (400, "unsupported", "model")
     assert "embeddings" in error["message"]
+
+
+def test_anthropics_header_opens_the_server_and_both_headers_do_not(http: httpx.Client) -> None:
+    assert http.get("/v1/models", headers={"X-Api-Key": KEY}).status_code == 200
+    assert code(http.get("/v1/models", headers={"X-Api-Key": KEY[:-1]})) == "invalid_api_key"
+    both = {"X-Api-Key": KEY, "Authorization": f"Bearer {KEY}"}
+    assert code(http.get("/v1/models", headers=both)) == "invalid_api_key"

@@ -10,10 +10,10 @@ from servekit.server import errors
 from servekit.server.auth import Auth
 from servekit.server.config import ServerConfig
 from servekit.server.middleware import Envelope
-from servekit.server.routes import chat, completions, embeddings, health, metrics, models, tokens
+from servekit.server.routes import chat, completions, embeddings, health, messages, metrics, models, responses, tokens
 from servekit.server.state import make_state
 
-ROUTES = (health, metrics, models, completions, chat, embeddings, tokens)
+ROUTES = (health, metrics, models, completions, chat, responses, messages, embeddings, tokens)
 
 
 def build_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:

@@ -62,10 +62,11 @@ class Auth:
         return False
 
     def _tenant(self, scope: Scope) -> str:
-        """Raise RequestError unless exactly one ``Authorization: Bearer`` header holds one of the keys."""
+        """Raise RequestError unless exactly one ``Authorization: Bearer`` or ``X-Api-Key`` holds one of the keys."""
         given = [value for name, value in scope["headers"] if name == b"authorization"]
+        given += [b"bearer " + value for name, value in scope["headers"] if name == b"x-api-key"]  # Anthropic's clients
         if not given:
-            raise _refused("missing_api_key", "no API key; send it as Authorization: Bearer KEY")
+            raise _refused("missing_api_key", "no API key; send it as Authorization: Bearer KEY, or as X-Api-Key: KEY")
         scheme, _, key = given[0].partition(b" ")
         presented = digest(key.strip())
         matches = [hmac.compare_digest(presented, known) for known in self._digests]

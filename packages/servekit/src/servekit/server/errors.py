@@ -17,6 +17,7 @@ TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 ROUTING = {404: ("not_found", "no such route"), 405: ("method_not_allowed", "the route does not know this method")}
 
 TOLD_CODES = {"chat_template_limit": "chat_template_limit"}  # of faults that are ours
+ANTHROPIC = "/v1/messages"
 TOLD = {"not_ready": "not ok", "engine_stalled": "the engine does not answer"}
 
 
@@ -84,7 +85,11 @@ def install(app: FastAPI) -> None:
             raise error
         if status_of(error) == 500:
             raise error
-        return error_response(error, request_id_of(request))
+        response = error_response(error, request_id_of(request))
+        if request.url.path.startswith(ANTHROPIC):  # its clients look for the word at the top
+            status, body = body_of(error, request_id_of(request))
+            response = json_response({"type": "error"} | body, status, headers_for(status))
+        return response
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):

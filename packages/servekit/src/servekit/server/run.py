@@ -112,6 +112,7 @@ class _Lifetime:
             heartbeat.cancel()
             ready.cancel()
             await asyncio.gather(heartbeat, ready, return_exceptions=True)
+            await app.state.server.responses.close()
             await templates.close()
         return self._is_cut_off
 

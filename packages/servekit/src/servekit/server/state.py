@@ -11,6 +11,7 @@ from servekit.engine.async_engine import AsyncEngine
 from servekit.engine.validate import MAX_CHARS_PER_TOKEN
 from servekit.server import fields as f
 from servekit.server.admission import Admission
+from servekit.server.anthropic import anthropic_fields
 from servekit.server.chat import ChatRequest, chat_fields
 from servekit.server.completions import completion_fields
 from servekit.server.config import ServerConfig
@@ -19,6 +20,9 @@ from servekit.server.generation import Generation
 from servekit.server.health import Heartbeat
 from servekit.server.metrics import Metrics
 from servekit.server.protocol import Door
+from servekit.server.response_store import ResponseStore
+from servekit.server.responses import response_fields
+from servekit.server.structured import renamed
 from servekit.server.template import ChatModel, chat_model
 from servekit.server.templates import ChatPrompt, TemplateLimits, Templates
 from servekit.server.turn import Turn
@@ -39,17 +43,30 @@ class ServerState:
     embedding_model: EmbeddingModel
     completion_checks: dict[str, f.Check] = field(init=False)
     chat_checks: dict[str, f.Check] = field(init=False)
+    response_checks: dict[str, f.Check] = field(init=False)
+    anthropic_checks: dict[str, f.Check] = field(init=False)
+    count_checks: dict[str, f.Check] = field(init=False)
+    responses: ResponseStore = field(init=False)
 
     def __post_init__(self) -> None:
         self.completion_checks = completion_fields(self.door)
         self.chat_checks = chat_fields(self.door, self.chat_model)
+        self.response_checks = response_fields(self.door)
+        self.anthropic_checks = anthropic_fields(self.door)
+        self.count_checks = anthropic_fields(self.door, counts=True)
+        limits = self.config.limits
+        self.responses = ResponseStore(limits.max_stored_responses, limits.response_store_bytes)
 
     def generation(self) -> Generation:
         return Generation(self.engine, self.admission, self.metrics)
 
     async def turn(self, asked: ChatRequest) -> Turn:
         """The turn that answers ``asked``, whose prompt is rendered here."""
-        return Turn(self.generation(), self.engine.tokenizer, asked, await self.render(asked.prompt))
+        try:
+            prompt = await self.render(asked.prompt)
+        except RequestError as error:
+            raise renamed(error, {"messages": (asked.param_names or {}).get("prompt", "messages")}) from error
+        return Turn(self.generation(), self.engine.tokenizer, asked, prompt)
 
     async def render(self, prompt: ChatPrompt) -> str:
         """The text of a chat; one that could never fit is not rendered.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -51,6 +52,17 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
+@dataclass(frozen=True, slots=True)
+class StreamForm:
+    """How a stream says that it is complete, and that it broke; ``error`` makes an event of an error's body."""
+
+    done: bytes = DONE
+    error: Callable[[dict[str, Any]], bytes] = event
+
+
+OPENAI = StreamForm()
+
+
 class SlowClient(Exception):
     """The caller does not read what it is sent."""
 
@@ -59,18 +71,19 @@ class EventStream(Response):
     """Sends events as they are made, and a comment while none comes, which keeps proxies from hanging up.
 
     Nothing is sent before the first event or comment is there, so that what is refused until then has a status of its
-    own. After it, an error is one last event, and no ``[DONE]`` follows.
+    own. After it, an error is one last event, and no ``[DONE]`` follows; ``form`` says how both are written.
 
     Args:
         events: its ``finally`` frees what the answer holds.
         stall_s: how long the caller may leave what was sent unread.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], stall_s: float) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], stall_s: float, form: StreamForm = OPENAI) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._events = events
         self._stall_s = stall_s
+        self._form = form
         self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,7 +103,7 @@ class EventStream(Response):
         try:
             async for chunk in _paced(self._events):
                 await self._send(send, chunk)
-            await self._send(send, DONE, last=True)
+            await self._send(send, self._form.done, last=True)
         except PlatformError as error:
             if not self._has_begun and status_of(error) == 500:
                 raise
@@ -98,12 +111,12 @@ class EventStream(Response):
                 await error_response(error, request_id)(scope, receive, send)
                 return
             log.warning("request %s failed: %s", request_id, error)
-            await self._send(send, event(body_of(error, request_id)[1]), last=True)
+            await self._send(send, self._form.error(body_of(error, request_id)[1]), last=True)
         except SlowClient:
             raise
         except Exception:
             if self._has_begun:
-                await self._send(send, event(internal_error(request_id)), last=True)
+                await self._send(send, self._form.error(internal_error(request_id)), last=True)
             raise
 
     async def _send(self, send: Send, chunk: bytes, *, last: bool = False) -> None:
