@@ -13,19 +13,20 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import click
 
-from common_platform.errors import ConfigError, PlatformError, exit_code
+from common_platform.errors import PlatformError, exit_code
 from common_platform.logging import configure
 from servekit import __version__
 from servekit.engine.config import EngineConfig
 from servekit.execution.proposer import SpeculativeConfig
 from servekit.sampling.parameters import SamplingParams
+from servekit.server.budgets import Budget
 from servekit.server.config import ServerConfig
+from servekit.server.keys import read_keys
 from servekit.server.limits import ServerLimits, flag_of
 
-KEY_VARIABLE = "SERVEKIT_API_KEY"
+KEY_VARIABLE, ADMIN_KEY_VARIABLE = "SERVEKIT_API_KEY", "SERVEKIT_ADMIN_KEY"
 USAGE = 2
 NOT_BACKENDS = ("metadata",)
-MAX_KEY_FILE_BYTES = 65_536
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 ENGINE_HELP = {
@@ -90,6 +91,20 @@ def limit_options(command: Command) -> Command:
     return command
 
 
+BUDGET_HELP = {
+    "max_concurrent_requests": "Requests of one key at once; unset: no bound.",
+    "requests_per_minute": "Requests of one key in a minute; unset: no bound.",
+    "tokens_per_minute": "Tokens of one key in a minute, prompts and answers; unset: no bound.",
+}
+
+
+def budget_options(command: Command) -> Command:
+    """One option for each thing that a key may use so much of."""
+    for name in reversed(BUDGET_HELP):
+        command = click.option(flag_of(f"key_{name}"), type=int, default=None, help=BUDGET_HELP[name])(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="servekit")
 @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
@@ -104,6 +119,14 @@ def cli(debug: bool) -> None:
 @click.option("--api-key", multiple=True, help="A key that callers need. Others see it in the process list.")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help=f"Keys, one a line. Also: {KEY_VARIABLE}.")
 @click.option("--served-model-name", multiple=True, help="Name in requests; the folder's name unless given.")
+@click.option("--admin-port", type=click.IntRange(0, 65535), default=None, help="Management listens here; 0: any port.")
+@click.option("--admin-host", default="127.0.0.1", show_default=True, help="Address for management.")
+@click.option("--admin-key-file", type=click.Path(path_type=Path), help=f"Its keys. Also: {ADMIN_KEY_VARIABLE}.")
+@click.option("--ssl-certfile", default=None, help="Speak TLS with this certificate.")
+@click.option("--ssl-keyfile", default=None, help="The certificate's key, where it is in a file of its own.")
+@click.option("--ssl-ca-certs", default=None, help="Callers must show a certificate of these.")
+@click.option("--allowed-origins", multiple=True, help="Pages that may call the server: https://HOST, or *.")
+@click.option("--max-engine-restarts", default=3, show_default=True, help="Starts of a dead engine in ten minutes.")
 @click.option("--allow-insecure-bind", "--insecure-no-auth", is_flag=True, help="Listen beyond loopback without a key.")
 @click.option("--ignore-unknown-fields", is_flag=True, help="Do not refuse fields that are not known.")
 @click.option("--allow-request-priority", is_flag=True, help="Let callers set priority.")
@@ -115,6 +138,7 @@ def cli(debug: bool) -> None:
 @click.option("--pooling", default="auto", show_default=True, help="How /v1/embeddings works: none, last or mean.")
 @click.option("--shutdown-timeout-s", "--drain-s", default=30.0, show_default=True, help="Seconds for requests to end.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+@budget_options
 @engine_options
 @limit_options
 def serve(
@@ -123,6 +147,14 @@ def serve(
     port: int,
     api_key: tuple[str, ...],
     api_key_file: Path | None,
+    admin_port: int | None,
+    admin_host: str,
+    admin_key_file: Path | None,
+    ssl_certfile: str | None,
+    ssl_keyfile: str | None,
+    ssl_ca_certs: str | None,
+    allowed_origins: tuple[str, ...],
+    max_engine_restarts: int,
     served_model_name: tuple[str, ...],
     allow_insecure_bind: bool,
     ignore_unknown_fields: bool,
@@ -140,7 +172,17 @@ def serve(
     config = ServerConfig(
         host=host,
         port=port,
-        api_keys=(*api_key, *_keys_from(api_key_file), *_keys_from_environment()),
+        api_keys=(*api_key, *_key_from_environment(KEY_VARIABLE)),
+        api_key_file=None if api_key_file is None else str(api_key_file),
+        admin_port=admin_port,
+        admin_host=admin_host,
+        admin_keys=(*_admin_keys(admin_key_file), *_key_from_environment(ADMIN_KEY_VARIABLE)),
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+        ssl_ca_certs=ssl_ca_certs,
+        allowed_origins=allowed_origins,
+        max_engine_restarts=max_engine_restarts,
+        budget=Budget(**{name: settings.pop(f"key_{name}") for name in Budget.__struct_fields__}),
         served_model_names=served_model_name or (model.resolve().name,),
         allow_insecure_bind=allow_insecure_bind,
         ignore_unknown_fields=ignore_unknown_fields,
@@ -168,23 +210,13 @@ def _configure_logs(level: str) -> None:
     access.handlers, access.propagate = [handler], False
 
 
-def _keys_from(path: Path | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    try:
-        with path.open("rb") as file:
-            lines = file.read(MAX_KEY_FILE_BYTES).decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("api_key_file", path.name, "a readable text file", flag="--api-key-file") from error
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not keys:
-        raise ConfigError("api_key_file", path.name, "at least one key, one a line", flag="--api-key-file")
-    return keys
+def _admin_keys(path: Path | None) -> tuple[str, ...]:
+    return () if path is None else read_keys(path, "--admin-key-file")
 
 
-def _keys_from_environment() -> tuple[str, ...]:
+def _key_from_environment(name: str) -> tuple[str, ...]:
     """Taken out of the environment, so that no child process inherits it."""
-    key = os.environ.pop(KEY_VARIABLE, None)
+    key = os.environ.pop(name, None)
     return () if key is None else (key,)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,14 @@ ROUTING = {404: ("not_found", "no such route"), 405: ("method_not_allowed", "the
 TOLD_CODES = {"chat_template_limit": "chat_template_limit"}  # of faults that are ours
 ANTHROPIC = "/v1/messages"
 TOLD = {"not_ready": "not ok", "engine_stalled": "the engine does not answer"}
+
+
+class RateLimited(RequestError):
+    """A caller is over its own share; ``retry_after_s`` says when it may come again."""
+
+    def __init__(self, *, code: str, message: str, retry_after_s: float) -> None:
+        super().__init__(code=code, message=message, status=429)
+        self.retry_after_s = retry_after_s
 
 
 class ClientGone(Exception):
@@ -61,13 +70,15 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
 
 def error_response(error: PlatformError, request_id: str) -> Response:
     status, body = body_of(error, request_id)
-    return json_response(body, status, headers_for(status))
+    return json_response(body, status, headers_for(error))
 
 
-def headers_for(status: int) -> dict[str, str]:
+def headers_for(error: PlatformError) -> dict[str, str]:
     """What goes with a status: when to come back, how to log in, that the rest of a body is not read."""
+    status = status_of(error)
     if status in (429, 503):
-        return {"Retry-After": str(RETRY_AFTER_S)}
+        wait_s = error.retry_after_s if isinstance(error, RateLimited) else RETRY_AFTER_S
+        return {"Retry-After": str(max(1, math.ceil(wait_s)))}
     if status == 401:
         return {"WWW-Authenticate": "Bearer"}
     return {"Connection": "close"} if status in (408, 413) else {}
@@ -88,7 +99,7 @@ def install(app: FastAPI) -> None:
         response = error_response(error, request_id_of(request))
         if request.url.path.startswith(ANTHROPIC):  # its clients look for the word at the top
             status, body = body_of(error, request_id_of(request))
-            response = json_response({"type": "error"} | body, status, headers_for(status))
+            response = json_response({"type": "error"} | body, status, headers_for(error))
         return response
 
     async def on_http_exception(request: Request, error: Exception) -> Response:

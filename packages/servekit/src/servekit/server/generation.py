@@ -13,6 +13,7 @@ from servekit.engine.async_engine import AsyncEngine, RequestStream
 from servekit.engine.output import RequestOutput
 from servekit.engine.validate import MAX_CHARS_PER_TOKEN
 from servekit.server.admission import Admission
+from servekit.server.budgets import Budgets
 from servekit.server.caller import Caller
 from servekit.server.metrics import Metrics, RequestRecord
 from servekit.server.protocol import GenerationRequest, Prompt
@@ -34,10 +35,12 @@ class Job:
 class Generation:
     """The engine's requests that together answer one HTTP request; ``close`` ends those still running."""
 
-    def __init__(self, engine: AsyncEngine, admission: Admission, metrics: Metrics) -> None:
+    def __init__(self, engine: AsyncEngine, admission: Admission, metrics: Metrics, budgets: Budgets) -> None:
         self._engine = engine
         self._admission = admission
         self._metrics = metrics
+        self._budgets = budgets
+        self._entered: str | None = None  # the tenant on whose account this runs
         self._records: list[RequestRecord] = []
         self._log: dict[str, Any] = {}
         self._failure = ""
@@ -53,6 +56,8 @@ class Generation:
         self._log = caller.log
         try:
             self._admission.check_room()
+            self._budgets.enter(caller.tenant)
+            self._entered = caller.tenant
             for index, prompt in enumerate(job.prompts):
                 self._streams.append(await self._add(job, index, prompt, caller))
         except PlatformError as error:
@@ -85,6 +90,7 @@ class Generation:
             timeout_s=job.request.timeout_s,
             param=job.param_of[index],
             pooling=job.request.pooling,
+            is_replayable=not job.request.stream,
         )
         self._records.append(record)
         return stream
@@ -113,15 +119,24 @@ class Generation:
 
     async def close(self) -> None:
         """Ends of requests that have ended already cost nothing."""
-        for engine_id in self._engine_ids:
+        engine_ids, self._engine_ids = self._engine_ids, []
+        self._settle()  # before anything is waited for: leaving in between must not lose it
+        for engine_id in engine_ids:
             await self._engine.abort(engine_id)
+
+    def _settle(self) -> None:
+        """What was used goes to the metrics, the log and the caller's account."""
         reason = self._failure or self._log.get("finish", "client_gone")
         for stream, record in zip(self._streams, self._records, strict=False):
             record.cut_off(stream.request.sampling.n, reason)
+        num_prompt = sum(record.num_prompt_tokens for record in self._records)
+        num_generated = sum(record.num_generated_tokens for record in self._records)
         if self._records:
-            self._count("prompt_tokens", sum(record.num_prompt_tokens for record in self._records))
-            self._count("completion_tokens", sum(record.num_generated_tokens for record in self._records))
-        self._streams, self._records, self._engine_ids = [], [], []
+            self._count("prompt_tokens", num_prompt)
+            self._count("completion_tokens", num_generated)
+        if self._entered is not None:
+            self._budgets.leave(self._entered, num_prompt + num_generated)
+        self._streams, self._records, self._entered = [], [], None
 
     def _count(self, name: str, tokens: int) -> None:
         self._log[name] = self._log.get(name, 0) + tokens

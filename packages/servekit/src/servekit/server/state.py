@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -12,12 +13,14 @@ from servekit.engine.validate import MAX_CHARS_PER_TOKEN
 from servekit.server import fields as f
 from servekit.server.admission import Admission
 from servekit.server.anthropic import anthropic_fields
+from servekit.server.budgets import Budgets
 from servekit.server.chat import ChatRequest, chat_fields
 from servekit.server.completions import completion_fields
 from servekit.server.config import ServerConfig
 from servekit.server.embedding_model import EmbeddingModel, embedding_model
 from servekit.server.generation import Generation
 from servekit.server.health import Heartbeat
+from servekit.server.keys import KeyRing
 from servekit.server.metrics import Metrics
 from servekit.server.protocol import Door
 from servekit.server.response_store import ResponseStore
@@ -38,6 +41,8 @@ class ServerState:
     heartbeat: Heartbeat
     door: Door
     metrics: Metrics
+    keys: KeyRing
+    budgets: Budgets
     chat_model: ChatModel
     templates: Templates
     embedding_model: EmbeddingModel
@@ -47,6 +52,7 @@ class ServerState:
     anthropic_checks: dict[str, f.Check] = field(init=False)
     count_checks: dict[str, f.Check] = field(init=False)
     responses: ResponseStore = field(init=False)
+    begin_drain: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self.completion_checks = completion_fields(self.door)
@@ -58,7 +64,7 @@ class ServerState:
         self.responses = ResponseStore(limits.max_stored_responses, limits.response_store_bytes)
 
     def generation(self) -> Generation:
-        return Generation(self.engine, self.admission, self.metrics)
+        return Generation(self.engine, self.admission, self.metrics, self.budgets)
 
     async def turn(self, asked: ChatRequest) -> Turn:
         """The turn that answers ``asked``, whose prompt is rendered here."""
@@ -97,6 +103,8 @@ def make_state(engine: AsyncEngine, config: ServerConfig) -> ServerState:
         heartbeat=heartbeat,
         door=Door(engine.facts, config),
         metrics=metrics,
+        keys=KeyRing(config.api_keys, config.api_key_file),
+        budgets=Budgets(config.budget),
         chat_model=model,
         templates=Templates(model, TemplateLimits(timeout_s=config.limits.template_timeout_s)),
         embedding_model=embeds,

@@ -104,13 +104,12 @@ class Turn:
 
     def _piece(self, choice: CompletionOutput) -> Piece:
         reader = self._readers.get(choice.index)
-        if reader is None:
+        if reader is None or reader.begins_again(choice):
             reader = self._readers[choice.index] = _Reader(self._asked, self._tokenizer)
             self.answers[choice.index] = Answer()
         piece = reader.read(choice)
         self.answers[choice.index].add(piece, lambda: call_id(self._asked.tools.parser))
-        if reader.is_reasoning:
-            self.usage.num_reasoning_tokens += len(choice.delta_token_ids)
+        self.usage.num_reasoning_tokens = sum(reader.num_reasoning_tokens for reader in self._readers.values())
         return piece
 
 
@@ -122,7 +121,12 @@ class _Reader:
         self._tokenizer = tokenizer
         self._pipeline: Pipeline = asked.tools.pipeline(asked.reasoning_parser)
         self._has_calls = False
-        self.is_reasoning = False  # in the last piece
+        self._num_tokens = 0
+        self.num_reasoning_tokens = 0
+
+    def begins_again(self, choice: CompletionOutput) -> bool:
+        """Whether the engine died, and what is read here has come before."""
+        return bool(self._num_tokens and len(choice.token_ids) == len(choice.delta_token_ids))
 
     def read(self, choice: CompletionOutput) -> Piece:
         text = choice.delta_text
@@ -135,7 +139,9 @@ class _Reader:
         if not self._asked.tools.is_parallel:
             delta.calls = [call for call in delta.calls if call.index == 0]
         self._has_calls = self._has_calls or bool(delta.calls)
-        self.is_reasoning = bool(delta.reasoning)
+        self._num_tokens = len(choice.token_ids)
+        if delta.reasoning:
+            self.num_reasoning_tokens += len(choice.delta_token_ids)
         reason = choice.finish_reason
         if reason == "stop" and self._has_calls and not self._asked.tools.force:
             reason = "tool_calls"

@@ -17,6 +17,7 @@ PATIENCE_S = 1.0  # with an engine in a long step: then its last figures are sho
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     state = state_of(request)
+    state.metrics.restarts = state.engine.num_restarts
     try:
         async with asyncio.timeout(PATIENCE_S):
             state.metrics.engine = await state.engine.stats()
