@@ -278,6 +278,24 @@ def _load(model: Path, settings: dict[str, Any]) -> Any:
 
 
 @cli.command()
+@click.argument("url", default="http://127.0.0.1:8000")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help=f"The first key is used. Also: {KEY_VARIABLE}.")
+@click.option(
+    "--interval-s", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, help="Between two looks."
+)
+@click.option("--times", type=click.IntRange(1), default=None, help="Looks; unset: until interrupted.")
+def top(url: str, api_key_file: Path | None, interval_s: float, times: int | None) -> int:
+    """Watch the server at URL: queue, tokens a second, KV blocks, cache hits, latencies."""
+    from rich.console import Console
+
+    from servekit.server.top import fetch, watch
+
+    keys = read_keys(api_key_file) if api_key_file is not None else _key_from_environment(KEY_VARIABLE)
+    watch(lambda: fetch(url, keys[0] if keys else None), Console(), interval_s=interval_s, times=times)
+    return 0
+
+
+@cli.command()
 def info() -> int:
     """What this machine has, and which kernels are here."""
     from common_platform.__main__ import report
