@@ -194,6 +194,7 @@ def test_drain_ends_the_server_once_answers_have_ended(managed: ServerProcess, a
     "settings",
     [
         {"admin_port": 1},
+        {"admin_port": 9000, "port": 9000, "admin_keys": (ADMIN,)},  # cfg-014
         {"admin_port": 1, "admin_keys": (KEY,), "api_keys": (KEY,)},
         {"admin_port": 70000, "admin_keys": (ADMIN,)},
         {"admin_port": 1, "admin_keys": ("short",)},

@@ -211,6 +211,11 @@ def test_python_is_read_and_never_run() -> None:
         assert parsed(TOOL_PARSERS["pythonic"], [evil]) == ("", evil, [])
 
 
+def test_a_call_that_never_ends_is_content_soon() -> None:  # grm-026
+    text = "[f(" + "a=1," * 20_000
+    assert parsed(TOOL_PARSERS["pythonic"], [text]) == ("", text, [])
+
+
 def test_channels_are_told_apart() -> None:
     text = (
         "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>I look. <|end|>"

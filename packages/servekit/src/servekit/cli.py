@@ -15,7 +15,7 @@ import click
 
 from common_platform.errors import PlatformError, exit_code
 from common_platform.logging import configure
-from servekit import __version__
+from servekit import __version__, settings
 from servekit.engine.config import EngineConfig
 from servekit.execution.proposer import SpeculativeConfig
 from servekit.sampling.parameters import SamplingParams
@@ -114,6 +114,14 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=settings.use,
+    help="YAML file with flags as keys. Each flag is also a variable: --max-n is SERVEKIT_MAX_N.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free port.")
 @click.option("--api-key", multiple=True, help="A key that callers need. Others see it in the process list.")
@@ -165,10 +173,10 @@ def serve(
     pooling: str,
     shutdown_timeout_s: float,
     log_level: str,
-    **settings: Any,
+    **more: Any,
 ) -> int:
     """Serve MODEL, a model folder, over HTTP until interrupted."""
-    limits = {name: settings.pop(name) for name in ServerLimits.__struct_fields__}
+    limits = {name: more.pop(name) for name in ServerLimits.__struct_fields__}
     config = ServerConfig(
         host=host,
         port=port,
@@ -182,7 +190,7 @@ def serve(
         ssl_ca_certs=ssl_ca_certs,
         allowed_origins=allowed_origins,
         max_engine_restarts=max_engine_restarts,
-        budget=Budget(**{name: settings.pop(f"key_{name}") for name in Budget.__struct_fields__}),
+        budget=Budget(**{name: more.pop(f"key_{name}") for name in Budget.__struct_fields__}),
         served_model_names=served_model_name or (model.resolve().name,),
         allow_insecure_bind=allow_insecure_bind,
         ignore_unknown_fields=ignore_unknown_fields,
@@ -194,7 +202,7 @@ def serve(
         shutdown_timeout_s=shutdown_timeout_s,
         limits=ServerLimits(**limits),
     )
-    engine_config = EngineConfig(model=str(model), **settings)
+    engine_config = EngineConfig(model=str(model), **more)
     _configure_logs(log_level)
     from servekit.server.run import serve as run_server
 

@@ -80,6 +80,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             return
         if not 0 <= self.admin_port <= 65535:
             raise ConfigError("admin_port", self.admin_port, "0..65535", flag="--admin-port")
+        if self.admin_port == self.port != 0:
+            raise ConfigError("admin_port", self.admin_port, f"another than port={self.port}", flag="--admin-port")
         if not self.admin_keys:
             limit = "a key for management, other than those of callers"
             raise ConfigError("admin_key", "none", limit, flag="--admin-key-file", code="missing_admin_key")

@@ -59,6 +59,8 @@ def _call(reader: Reader) -> Reading[tuple[str, dict[str, Any]]]:
         key = yield from _word(reader)
         yield from reader.spaces()
         yield from reader.expect("=")
+        if key in arguments:
+            raise Malformed  # as Python says, too
         arguments[key] = yield from _literal(reader, 0)
         yield from reader.spaces()
         if not (yield from reader.take_if(",")):
