@@ -134,6 +134,9 @@ def cli(debug: bool) -> None:
 @click.option("--ssl-keyfile", default=None, help="The certificate's key, where it is in a file of its own.")
 @click.option("--ssl-ca-certs", default=None, help="Callers must show a certificate of these.")
 @click.option("--allowed-origins", multiple=True, help="Pages that may call the server: https://HOST, or *.")
+@click.option(
+    "--public-page", is_flag=True, help="Give the page at / to those without a key, who are asked for one there."
+)
 @click.option("--max-engine-restarts", default=3, show_default=True, help="Starts of a dead engine in ten minutes.")
 @click.option("--allow-insecure-bind", "--insecure-no-auth", is_flag=True, help="Listen beyond loopback without a key.")
 @click.option("--ignore-unknown-fields", is_flag=True, help="Do not refuse fields that are not known.")
@@ -162,6 +165,7 @@ def serve(
     ssl_keyfile: str | None,
     ssl_ca_certs: str | None,
     allowed_origins: tuple[str, ...],
+    public_page: bool,
     max_engine_restarts: int,
     served_model_name: tuple[str, ...],
     allow_insecure_bind: bool,
@@ -189,6 +193,7 @@ def serve(
         ssl_keyfile=ssl_keyfile,
         ssl_ca_certs=ssl_ca_certs,
         allowed_origins=allowed_origins,
+        public_page=public_page,
         max_engine_restarts=max_engine_restarts,
         budget=Budget(**{name: more.pop(f"key_{name}") for name in Budget.__struct_fields__}),
         served_model_names=served_model_name or (model.resolve().name,),

@@ -24,6 +24,7 @@ from servekit.server.routes import (
     messages,
     metrics,
     models,
+    page,
     responses,
     tokens,
 )
@@ -38,7 +39,9 @@ def build_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
 
     There are no documentation routes. ``app.state.server`` holds what the routes share.
     """
-    return _app_of(ROUTES, make_state(engine, config))
+    app = _app_of(ROUTES, make_state(engine, config))
+    app.router.routes.extend(page.make_router(is_public=config.public_page).routes)
+    return app
 
 
 def build_admin_app(app: FastAPI) -> FastAPI:

@@ -30,6 +30,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     admin_port: int | None = None  # of the listener for management; 0: any free one; None: there is none
     admin_host: str = "127.0.0.1"
     admin_keys: tuple[str, ...] = ()
+    public_page: bool = False  # the page at / needs no key, though what it asks for does
     allowed_origins: tuple[str, ...] = ()  # of pages that may call the server
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
