@@ -24,8 +24,8 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/j
 
 @pytest.fixture(scope="module")
 def sturdy(tiny_model: Path) -> Iterator[ServerProcess]:
-    flags = ("--max-num-seqs", "8", "--max-queue", "16", "--max-engine-restarts", "1000", "--header-timeout-s", "2")
-    started = ServerProcess(tiny_model, *flags, "--body-timeout-s", "2", "--log-level", "error")
+    flags = ("--max-num-seqs", "8", "--max-queue", "16", "--max-engine-restarts", "1000", "--log-level", "error")
+    started = ServerProcess(tiny_model, *flags)
     yield started
     started.stop()
 

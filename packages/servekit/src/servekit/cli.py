@@ -290,6 +290,45 @@ def _load(model: Path, settings: dict[str, Any]) -> Any:
     return LLM(model, **settings)
 
 
+@cli.command(name="run-batch")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-i", "--input", "source", type=click.Path(path_type=Path), required=True, help="Requests, one a line.")
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Where answers go.")
+@click.option("--served-model-name", multiple=True, help="Name in requests; the folder's name unless given.")
+@click.option("--pooling", default="auto", show_default=True, help="How /v1/embeddings works: none, last or mean.")
+@engine_options
+def run_batch(
+    model: Path, source: Path, target: Path, served_model_name: tuple[str, ...], pooling: str, **settings: Any
+) -> int:
+    """Answer a file of requests in OpenAI's batch form with MODEL."""
+    config = ServerConfig(served_model_names=served_model_name or (model.resolve().name,), pooling=pooling)
+    from servekit.server import batch
+
+    counts = batch.run_batch(EngineConfig(model=str(model), **settings), config, source, target)
+    click.echo(f"{counts.answered} answered, {counts.failed} failed: {target}", err=True)
+    return 0
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@engine_options
+def verify(model: Path, **more: Any) -> int:
+    """Check MODEL: every file by its digest, then the weights by the probes that its trainer left."""
+    from common_platform.artifact import open_model_folder
+
+    with open_model_folder(model, verify=True) as folder:
+        manifest = folder.manifest
+    with _load(model, more) as llm:
+        facts = llm.facts
+    if manifest is None:
+        click.echo(f"{model}: no manifest, so nothing to hold it against; {facts.architecture} loads")
+    else:
+        click.echo(
+            f"{model}: {len(manifest.files)} files and {len(manifest.probes)} probes agree; {facts.architecture}"
+        )
+    return 0
+
+
 @cli.command()
 @click.argument("url", default="http://127.0.0.1:8000")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help=f"The first key is used. Also: {KEY_VARIABLE}.")
