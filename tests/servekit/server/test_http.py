@@ -153,7 +153,7 @@ def test_a_full_queue_is_refused_at_once(strict: ServerProcess) -> None:
             time.sleep(0.2)
             response = client.post(COMPLETIONS, json=body)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "server_overloaded")
-        assert response.headers["retry-after"] == "1"
+        assert 1 <= int(response.headers["retry-after"]) <= 5
         assert response.elapsed.total_seconds() < 0.25
         for stream in streams:
             stream.__exit__(None, None, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from starlette.exceptions import HTTPException
 from common_platform.errors import EngineDead, Overloaded, PlatformError, RequestError
 
 RETRY_AFTER_S = 1
+OVERLOADED_RETRY_AFTER_S = 5
 CLIENT_GONE = 499  # in the log only: there is nobody to send it to
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ROUTING = {404: ("not_found", "no such route"), 405: ("method_not_allowed", "the route does not know this method")}
@@ -78,6 +80,8 @@ def headers_for(error: PlatformError) -> dict[str, str]:
     status = status_of(error)
     if status in (429, 503):
         wait_s = error.retry_after_s if isinstance(error, RateLimited) else RETRY_AFTER_S
+        if isinstance(error, Overloaded) and error.code == Overloaded.default_code:
+            wait_s = random.uniform(RETRY_AFTER_S, OVERLOADED_RETRY_AFTER_S)  # so that not all come back at once
         return {"Retry-After": str(max(1, math.ceil(wait_s)))}
     if status == 401:
         return {"WWW-Authenticate": "Bearer"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
-from common_platform.errors import RequestError
+from common_platform.errors import Overloaded, RequestError
 from servekit.engine.async_engine import AsyncEngine
 from servekit.engine.validate import MAX_CHARS_PER_TOKEN
 from servekit.server import fields as f
@@ -113,4 +113,19 @@ def make_state(engine: AsyncEngine, config: ServerConfig) -> ServerState:
 
 def state_of(request: Request) -> ServerState:
     state: ServerState = request.app.state.server
+    return state
+
+
+def state_for_work(request: Request) -> ServerState:
+    """The state, where there is room for the work of ``request``: what is too much costs as little as can be.
+
+    Raises:
+        Overloaded: there is none.
+    """
+    state = state_of(request)
+    try:
+        state.admission.check_room()
+    except Overloaded as error:
+        state.metrics.refused[error.code] += 1
+        raise
     return state

@@ -14,7 +14,7 @@ from servekit.server.chat import ChatRequest, read_chat
 from servekit.server.errors import json_response
 from servekit.server.formats import Envelope, chat_logprobs, prompt_logprobs
 from servekit.server.parsers.base import CallDelta
-from servekit.server.state import ServerState, state_of
+from servekit.server.state import ServerState, state_for_work
 from servekit.server.streaming import EventStream, event, while_connected
 from servekit.server.turn import Answer, Piece, Turn, tool_call
 
@@ -23,7 +23,7 @@ router = APIRouter()
 
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
-    state = state_of(request)
+    state = state_for_work(request)
     body = await read_json(request, state.config.limits)
     asked = read_chat(state.door, state.chat_model, body, state.chat_checks)
     answer = _ChatAnswer(state, asked, await state.turn(asked), caller_of(request))

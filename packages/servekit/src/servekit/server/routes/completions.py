@@ -15,7 +15,7 @@ from servekit.server.errors import json_response
 from servekit.server.formats import CompletionLogprobs, Envelope, Usage, joined, prompt_logprobs
 from servekit.server.generation import Job
 from servekit.server.protocol import CompletionRequest
-from servekit.server.state import ServerState, state_of
+from servekit.server.state import ServerState, state_for_work
 from servekit.server.streaming import EventStream, event, while_connected
 
 router = APIRouter()
@@ -23,7 +23,7 @@ router = APIRouter()
 
 @router.post("/v1/completions")
 async def completions(request: Request) -> Response:
-    state = state_of(request)
+    state = state_for_work(request)
     body = await read_json(request, state.config.limits)
     asked = read_completion(state.door, body, state.completion_checks)
     answer = _Answer(state, asked, caller_of(request))

@@ -22,7 +22,7 @@ from servekit.server.embeddings import (
     vectors_of,
 )
 from servekit.server.errors import json_response
-from servekit.server.state import ServerState, state_of
+from servekit.server.state import ServerState, state_for_work
 from servekit.server.streaming import while_connected
 
 router = APIRouter()
@@ -30,7 +30,7 @@ router = APIRouter()
 
 @router.post("/v1/embeddings")
 async def embeddings(request: Request) -> Response:
-    state, caller = state_of(request), caller_of(request)
+    state, caller = state_for_work(request), caller_of(request)
     asked = read_embedding(state.door, state.embedding_model, await read_json(request, state.config.limits))
     made = await while_connected(request.receive, _vectors(state, asked, caller))
     shown = [_base64(vector) if asked.is_base64 else vector for vector in made.values]
@@ -43,7 +43,7 @@ async def embeddings(request: Request) -> Response:
 @router.post("/rerank")
 async def rerank(request: Request) -> Response:
     """The documents, most like the query first."""
-    state, caller = state_of(request), caller_of(request)
+    state, caller = state_for_work(request), caller_of(request)
     asked = read_rerank(state.door, state.embedding_model, await read_json(request, state.config.limits))
     made = await while_connected(request.receive, _vectors(state, asked, caller))
     ranked = sorted(enumerate(scores(made.values, 1)), key=lambda pair: -pair[1])[: asked.top_n or None]
@@ -59,7 +59,7 @@ async def rerank(request: Request) -> Response:
 @router.post("/score")
 async def score(request: Request) -> Response:
     """How alike texts are, -1..1, pair by pair."""
-    state, caller = state_of(request), caller_of(request)
+    state, caller = state_for_work(request), caller_of(request)
     asked = read_score(state.door, state.embedding_model, await read_json(request, state.config.limits))
     made = await while_connected(request.receive, _vectors(state, asked, caller))
     found = scores(made.values, asked.num_queries)

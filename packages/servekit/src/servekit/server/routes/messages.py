@@ -16,7 +16,7 @@ from servekit.server.body import read_json
 from servekit.server.caller import Caller, caller_of
 from servekit.server.chat import ChatRequest
 from servekit.server.errors import json_response
-from servekit.server.state import ServerState, state_of
+from servekit.server.state import ServerState, state_for_work, state_of
 from servekit.server.streaming import EventStream, StreamForm, while_connected
 from servekit.server.turn import Answer, Turn
 
@@ -34,7 +34,7 @@ FORM = StreamForm(done=b"", error=lambda body: _named({"type": "error"} | body))
 
 @router.post("/v1/messages")
 async def messages(request: Request) -> Response:
-    state = state_of(request)
+    state = state_for_work(request)
     body = await read_json(request, state.config.limits)
     asked = read_anthropic(state.door, state.chat_model, body, state.anthropic_checks, state.chat_checks)
     made = _Message(state, asked, await state.turn(asked), caller_of(request))

@@ -17,7 +17,7 @@ from servekit.server.errors import body_of, internal_error, json_response
 from servekit.server.response_form import ResponseForm
 from servekit.server.response_store import RUNNING, Stored
 from servekit.server.responses import ResponseRequest, read_response
-from servekit.server.state import ServerState, state_of
+from servekit.server.state import ServerState, state_for_work, state_of
 from servekit.server.streaming import EventStream, StreamForm, while_connected
 from servekit.server.turn import Turn
 
@@ -40,7 +40,7 @@ FORM = StreamForm(done=b"", error=_error_event)
 
 @router.post("/v1/responses")
 async def create(request: Request) -> Response:
-    state, caller = state_of(request), caller_of(request)
+    state, caller = state_for_work(request), caller_of(request)
     body = await read_json(request, state.config.limits)
     previous = body.get("previous_response_id")
     said = _said(state, previous, caller.tenant) if isinstance(previous, str) else []
