@@ -17,7 +17,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(tiny_model: Path) -> Iterator[ServerProcess]:
     """One server for all tests that leave it as it was."""
-    started = ServerProcess(tiny_model, "--max-num-seqs", "32")
+    started = ServerProcess(
+        tiny_model,
+        "--max-num-seqs",
+        "32",
+        "--pooling",
+        "last",
+        "--tool-call-parser",
+        "hermes",
+        "--reasoning-parser",
+        "qwen3",
+    )
     yield started
     started.stop()
 

@@ -37,7 +37,7 @@ class ServerProcess:
         self._reader.start()
         self.url = self._wait()
         self.port = int(self.url.rpartition(":")[2])
-        self.engine_pid = self.children()[0]
+        self.engine_pid = self.engine()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -58,6 +58,17 @@ class ServerProcess:
     def children(self) -> list[int]:
         found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(pid) for pid in found.split()]
+
+    def engine(self) -> int:
+        """The engine's process id; 0 while there is none."""
+        for pid in self.children():
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_text()
+            except OSError:
+                continue
+            if "servekit.engine.process" in command:
+                return pid
+        return 0
 
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60, **options)

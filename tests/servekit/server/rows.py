@@ -253,6 +253,10 @@ def structured(number: int, code: str, kind: str, value: Any, *words: str) -> Ro
     return Row(f"grm-{number:03}", CHAT, body, code, f"structured_outputs.{kind}", words)
 
 
+CIRCLE = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
+DEEP_SCHEMA: dict[str, Any] = {"type": "string"}
+for _ in range(33):
+    DEEP_SCHEMA = {"type": "object", "additionalProperties": DEEP_SCHEMA}
 LARGE_SCHEMA = {"description": "x" * (70 << 10)}
 
 GRAMMARS = [
@@ -261,6 +265,16 @@ GRAMMARS = [
     schema(6, "grammar_remote_ref", {"$ref": "file:///etc/passwd"}, ".$ref"),
     schema(8, "grammar_too_large", LARGE_SCHEMA, "", "65536", "--max-schema-bytes"),
     schema(14, "grammar_unsatisfiable", {"enum": []}, ".enum"),
+    schema(2, "grammar_recursive_ref", {"$ref": "#"}, ".$ref"),
+    schema(3, "grammar_recursive_ref", CIRCLE, ".$ref"),
+    schema(4, "grammar_invalid", {"$ref": "#/$defs/missing"}, ".$ref", "#/$defs/missing"),
+    schema(9, "grammar_too_deep", DEEP_SCHEMA, "", "33", "32", "--max-schema-depth"),
+    schema(11, "grammar_invalid", {"type": "string", "pattern": "["}, ""),
+    schema(12, "grammar_too_large", {"type": "string", "minLength": 10**9}, ".minLength"),
+    schema(13, "grammar_unsatisfiable", {"type": "array", "minItems": 5, "maxItems": 2}, ""),
+    schema(15, "grammar_too_large", {"type": "object", "properties": {f"k{i}": {} for i in range(10**4)}}, ""),
+    structured(16, "grammar_too_large", "regex", "a{1,100000}", "states", "--max-grammar-states"),
+    structured(18, "grammar_invalid", "grammar", "root ::= root", "recursion"),
     structured(17, "out_of_range", "regex", "a" * 5000, "5000", "4096", "--max-regex-chars"),
     structured(19, "grammar_invalid", "grammar", ""),
     Row(

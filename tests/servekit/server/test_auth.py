@@ -13,12 +13,13 @@ from starlette.routing import Match
 from tests.servekit.server.processes import ServerProcess
 from tests.servekit.server.rows import COMPLETIONS, completion
 
-from servekit.server.routes import chat, completions, health, models, tokens
+from servekit.server.app import ROUTES as MODULES
+from servekit.server.routes import health
 
 KEY, OTHER = "correct-horse-battery", "another-key-entirely"
 ROUTES = [
-    (method, route.path.replace("{name:path}", "M"))
-    for routes in (health, models, completions, chat, tokens)
+    (method, route.path.replace("{name:path}", "M").replace("{response_id}", "resp_x"))
+    for routes in MODULES
     for route in routes.router.routes
     for method in route.methods
 ]
@@ -117,8 +118,23 @@ def test_one_route_is_public() -> None:
     assert [route.path for route in health.router.routes if route.matches(scope)[0] is Match.FULL] == ["/health"]
     public = [
         route.path
-        for routes in (health, models, completions, chat, tokens)
+        for routes in MODULES
         for route in routes.router.routes
         if getattr(route.endpoint, "is_public", False)
     ]
     assert public == ["/health"]
+
+
+def test_a_model_for_text_gives_no_embeddings(http: httpx.Client) -> None:  # srv-144
+    body = {"model": "M", "input": "hi"}
+    answer = http.post("/v1/embeddings", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "unsupported", "model")
+    assert "embeddings" in error["message"]
+
+
+def test_anthropics_header_opens_the_server_and_both_headers_do_not(http: httpx.Client) -> None:
+    assert http.get("/v1/models", headers={"X-Api-Key": KEY}).status_code == 200
+    assert code(http.get("/v1/models", headers={"X-Api-Key": KEY[:-1]})) == "invalid_api_key"
+    both = {"X-Api-Key": KEY, "Authorization": f"Bearer {KEY}"}
+    assert code(http.get("/v1/models", headers=both)) == "invalid_api_key"

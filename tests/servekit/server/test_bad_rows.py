@@ -57,7 +57,7 @@ def test_bad_row(server: ServerProcess, http: httpx.Client, baseline: list[int],
     for word in row.words:
         assert word in body["error"]["message"]
     assert not INSIDE.search(response.text)
-    assert server.children() == [server.engine_pid]
+    assert server.engine() == server.engine_pid
     assert canary(http) == baseline
 
 

@@ -55,23 +55,6 @@ def test_a_caller_who_leaves_frees_what_the_request_held(lasting: ServerProcess)
     assert len(gone) == 6
 
 
-def test_the_death_of_the_engine_is_told_to_everybody_at_once(own: ServerProcess) -> None:
-    with own.client() as client:
-        with client.stream("POST", COMPLETIONS, json=LONG | {"stream": True}) as response:
-            lines = response.iter_lines()
-            next(lines)
-            os.kill(own.engine_pid, signal.SIGKILL)
-            killed = time.monotonic()
-            told = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
-        assert time.monotonic() - killed < 2
-        assert json.loads(told[-1])["error"]["code"] == "engine_dead"
-        assert "[DONE]" not in told
-        for answer in (client.get("/health"), client.post(COMPLETIONS, json=completion())):
-            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
-            assert answer.headers["retry-after"] == "1"
-    assert own.end() == 0
-
-
 def test_an_engine_that_hangs_is_not_healthy(lasting: ServerProcess) -> None:
     def health() -> int:
         return httpx.get(f"{lasting.url}/health").status_code

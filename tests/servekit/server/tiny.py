@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 MAX_MODEL_LEN = 1024
 TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
     "{% for message in messages %}<s>{{ message['role'] }} {{ message.get('name', '') }}\n"
     "{{ message['content'] }}</s>\n{% endfor %}"
     "{% if loud %}LOUD{% endif %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"

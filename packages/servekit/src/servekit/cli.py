@@ -13,19 +13,20 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import click
 
-from common_platform.errors import ConfigError, PlatformError, exit_code
+from common_platform.errors import PlatformError, exit_code
 from common_platform.logging import configure
-from servekit import __version__
+from servekit import __version__, settings
 from servekit.engine.config import EngineConfig
 from servekit.execution.proposer import SpeculativeConfig
 from servekit.sampling.parameters import SamplingParams
+from servekit.server.budgets import Budget
 from servekit.server.config import ServerConfig
+from servekit.server.keys import read_keys
 from servekit.server.limits import ServerLimits, flag_of
 
-KEY_VARIABLE = "SERVEKIT_API_KEY"
+KEY_VARIABLE, ADMIN_KEY_VARIABLE = "SERVEKIT_API_KEY", "SERVEKIT_ADMIN_KEY"
 USAGE = 2
 NOT_BACKENDS = ("metadata", "library", "libservekit_cpu", "packing", "program")
-MAX_KEY_FILE_BYTES = 65_536
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 ENGINE_HELP = {
@@ -92,6 +93,20 @@ def limit_options(command: Command) -> Command:
     return command
 
 
+BUDGET_HELP = {
+    "max_concurrent_requests": "Requests of one key at once; unset: no bound.",
+    "requests_per_minute": "Requests of one key in a minute; unset: no bound.",
+    "tokens_per_minute": "Tokens of one key in a minute, prompts and answers; unset: no bound.",
+}
+
+
+def budget_options(command: Command) -> Command:
+    """One option for each thing that a key may use so much of."""
+    for name in reversed(BUDGET_HELP):
+        command = click.option(flag_of(f"key_{name}"), type=int, default=None, help=BUDGET_HELP[name])(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="servekit")
 @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
@@ -101,16 +116,42 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=settings.use,
+    help="YAML file with flags as keys. Each flag is also a variable: --max-n is SERVEKIT_MAX_N.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free port.")
 @click.option("--api-key", multiple=True, help="A key that callers need. Others see it in the process list.")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help=f"Keys, one a line. Also: {KEY_VARIABLE}.")
 @click.option("--served-model-name", multiple=True, help="Name in requests; the folder's name unless given.")
+@click.option("--admin-port", type=click.IntRange(0, 65535), default=None, help="Management listens here; 0: any port.")
+@click.option("--admin-host", default="127.0.0.1", show_default=True, help="Address for management.")
+@click.option("--admin-key-file", type=click.Path(path_type=Path), help=f"Its keys. Also: {ADMIN_KEY_VARIABLE}.")
+@click.option("--ssl-certfile", default=None, help="Speak TLS with this certificate.")
+@click.option("--ssl-keyfile", default=None, help="The certificate's key, where it is in a file of its own.")
+@click.option("--ssl-ca-certs", default=None, help="Callers must show a certificate of these.")
+@click.option("--allowed-origins", multiple=True, help="Pages that may call the server: https://HOST, or *.")
+@click.option(
+    "--public-page", is_flag=True, help="Give the page at / to those without a key, who are asked for one there."
+)
+@click.option("--max-engine-restarts", default=3, show_default=True, help="Starts of a dead engine in ten minutes.")
 @click.option("--allow-insecure-bind", "--insecure-no-auth", is_flag=True, help="Listen beyond loopback without a key.")
 @click.option("--ignore-unknown-fields", is_flag=True, help="Do not refuse fields that are not known.")
 @click.option("--allow-request-priority", is_flag=True, help="Let callers set priority.")
+@click.option(
+    "--tool-call-parser", default="auto", show_default=True, help="How the model writes calls; none: no tools."
+)
+@click.option("--reasoning-parser", default="auto", show_default=True, help="How it writes reasoning; none: as text.")
+@click.option("--allow-request-chat-template", is_flag=True, help="Let callers bring a chat template.")
+@click.option("--pooling", default="auto", show_default=True, help="How /v1/embeddings works: none, last or mean.")
 @click.option("--shutdown-timeout-s", "--drain-s", default=30.0, show_default=True, help="Seconds for requests to end.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+@budget_options
 @engine_options
 @limit_options
 def serve(
@@ -119,28 +160,56 @@ def serve(
     port: int,
     api_key: tuple[str, ...],
     api_key_file: Path | None,
+    admin_port: int | None,
+    admin_host: str,
+    admin_key_file: Path | None,
+    ssl_certfile: str | None,
+    ssl_keyfile: str | None,
+    ssl_ca_certs: str | None,
+    allowed_origins: tuple[str, ...],
+    public_page: bool,
+    max_engine_restarts: int,
     served_model_name: tuple[str, ...],
     allow_insecure_bind: bool,
     ignore_unknown_fields: bool,
     allow_request_priority: bool,
+    tool_call_parser: str,
+    reasoning_parser: str,
+    allow_request_chat_template: bool,
+    pooling: str,
     shutdown_timeout_s: float,
     log_level: str,
-    **settings: Any,
+    **more: Any,
 ) -> int:
     """Serve MODEL, a model folder, over HTTP until interrupted."""
-    limits = {name: settings.pop(name) for name in ServerLimits.__struct_fields__}
+    limits = {name: more.pop(name) for name in ServerLimits.__struct_fields__}
     config = ServerConfig(
         host=host,
         port=port,
-        api_keys=(*api_key, *_keys_from(api_key_file), *_keys_from_environment()),
+        api_keys=(*api_key, *_key_from_environment(KEY_VARIABLE)),
+        api_key_file=None if api_key_file is None else str(api_key_file),
+        admin_port=admin_port,
+        admin_host=admin_host,
+        admin_keys=(*_admin_keys(admin_key_file), *_key_from_environment(ADMIN_KEY_VARIABLE)),
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+        ssl_ca_certs=ssl_ca_certs,
+        allowed_origins=allowed_origins,
+        public_page=public_page,
+        max_engine_restarts=max_engine_restarts,
+        budget=Budget(**{name: more.pop(f"key_{name}") for name in Budget.__struct_fields__}),
         served_model_names=served_model_name or (model.resolve().name,),
         allow_insecure_bind=allow_insecure_bind,
         ignore_unknown_fields=ignore_unknown_fields,
         allow_request_priority=allow_request_priority,
+        tool_call_parser=tool_call_parser,
+        reasoning_parser=reasoning_parser,
+        allow_request_chat_template=allow_request_chat_template,
+        pooling=pooling,
         shutdown_timeout_s=shutdown_timeout_s,
         limits=ServerLimits(**limits),
     )
-    engine_config = EngineConfig(model=str(model), **settings)
+    engine_config = EngineConfig(model=str(model), **more)
     _configure_logs(log_level)
     from servekit.server.run import serve as run_server
 
@@ -156,23 +225,13 @@ def _configure_logs(level: str) -> None:
     access.handlers, access.propagate = [handler], False
 
 
-def _keys_from(path: Path | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    try:
-        with path.open("rb") as file:
-            lines = file.read(MAX_KEY_FILE_BYTES).decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("api_key_file", path.name, "a readable text file", flag="--api-key-file") from error
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not keys:
-        raise ConfigError("api_key_file", path.name, "at least one key, one a line", flag="--api-key-file")
-    return keys
+def _admin_keys(path: Path | None) -> tuple[str, ...]:
+    return () if path is None else read_keys(path, "--admin-key-file")
 
 
-def _keys_from_environment() -> tuple[str, ...]:
+def _key_from_environment(name: str) -> tuple[str, ...]:
     """Taken out of the environment, so that no child process inherits it."""
-    key = os.environ.pop(KEY_VARIABLE, None)
+    key = os.environ.pop(name, None)
     return () if key is None else (key,)
 
 
@@ -310,6 +369,63 @@ def fit(profile: Path, out: Path | None) -> int:
     from servekit.simulate.command import fit_profile
 
     click.echo(fit_profile(profile, out))
+    return 0
+
+
+@cli.command(name="run-batch")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-i", "--input", "source", type=click.Path(path_type=Path), required=True, help="Requests, one a line.")
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="Where answers go.")
+@click.option("--served-model-name", multiple=True, help="Name in requests; the folder's name unless given.")
+@click.option("--pooling", default="auto", show_default=True, help="How /v1/embeddings works: none, last or mean.")
+@engine_options
+def run_batch(
+    model: Path, source: Path, target: Path, served_model_name: tuple[str, ...], pooling: str, **settings: Any
+) -> int:
+    """Answer a file of requests in OpenAI's batch form with MODEL."""
+    config = ServerConfig(served_model_names=served_model_name or (model.resolve().name,), pooling=pooling)
+    from servekit.server import batch
+
+    counts = batch.run_batch(EngineConfig(model=str(model), **settings), config, source, target)
+    click.echo(f"{counts.answered} answered, {counts.failed} failed: {target}", err=True)
+    return 0
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@engine_options
+def verify(model: Path, **more: Any) -> int:
+    """Check MODEL: every file by its digest, then the weights by the probes that its trainer left."""
+    from common_platform.artifact import open_model_folder
+
+    with open_model_folder(model, verify=True) as folder:
+        manifest = folder.manifest
+    with _load(model, more) as llm:
+        facts = llm.facts
+    if manifest is None:
+        click.echo(f"{model}: no manifest, so nothing to hold it against; {facts.architecture} loads")
+    else:
+        click.echo(
+            f"{model}: {len(manifest.files)} files and {len(manifest.probes)} probes agree; {facts.architecture}"
+        )
+    return 0
+
+
+@cli.command()
+@click.argument("url", default="http://127.0.0.1:8000")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help=f"The first key is used. Also: {KEY_VARIABLE}.")
+@click.option(
+    "--interval-s", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, help="Between two looks."
+)
+@click.option("--times", type=click.IntRange(1), default=None, help="Looks; unset: until interrupted.")
+def top(url: str, api_key_file: Path | None, interval_s: float, times: int | None) -> int:
+    """Watch the server at URL: queue, tokens a second, KV blocks, cache hits, latencies."""
+    from rich.console import Console
+
+    from servekit.server.top import fetch, watch
+
+    keys = read_keys(api_key_file) if api_key_file is not None else _key_from_environment(KEY_VARIABLE)
+    watch(lambda: fetch(url, keys[0] if keys else None), Console(), interval_s=interval_s, times=times)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import shutil
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 import zmq.asyncio
 
@@ -23,11 +25,13 @@ from servekit.engine import messages as m
 from servekit.engine.config import EngineConfig
 from servekit.engine.grammars import GrammarDoor
 from servekit.engine.output import OutputProcessor, RequestOutput
+from servekit.engine.supervisor import RestartPolicy, Restarts
 from servekit.engine.tokenizer import Tokenizer
 from servekit.engine.tracing import RequestTracer
 from servekit.engine.validate import EngineRequest, validate
 from servekit.sampling.parameters import SamplingParams
 
+log = logging.getLogger("servekit.engine")
 STOP_LIMIT_S = 10.0
 ASK_LIMIT_S = 30.0
 SEND_LIMIT_S = 2.0  # a live process takes a message at once
@@ -50,15 +54,28 @@ def rebuilt(about: dict[str, Any]) -> PlatformError:
 
 
 class RequestStream:
-    """The outputs of one request as they come. Leaving early ends the request in the engine."""
+    """The outputs of one request as they come. Leaving early ends the request in the engine.
 
-    def __init__(self, engine: AsyncEngine, request: EngineRequest) -> None:
+    Args:
+        prompt: its text, where it came as one.
+        is_replayable: the caller can take its outputs from the start again, should the engine die in between.
+    """
+
+    def __init__(self, engine: AsyncEngine, request: EngineRequest, prompt: str | None, *, is_replayable: bool) -> None:
         self.request = request
+        self.prompt = prompt
+        self.is_replayable = is_replayable
+        self._has_begun = False
         self._engine = engine
         self._queue: asyncio.Queue[RequestOutput | PlatformError] = asyncio.Queue()
         self._done = False
 
+    @property
+    def may_begin_again(self) -> bool:
+        return self.is_replayable or not self._has_begun
+
     def put(self, news: RequestOutput | PlatformError) -> None:
+        self._has_begun = True
         self._queue.put_nowait(news)
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
@@ -87,12 +104,21 @@ class RequestStream:
 
 
 class AsyncEngine:
-    """Made by ``await AsyncEngine.from_config(config)``; ended by ``await engine.shutdown()``."""
+    """Made by ``await AsyncEngine.from_config(config)``; ended by ``await engine.shutdown()``.
+
+    With a policy for restarts, an engine that died is started again; ``dead`` says why there is none until it is ready.
+    Requests of which nothing has been given out begin again then, all others end. ``given_up`` is set where it stays
+    dead.
+    """
 
     facts: ModelFacts
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, restart: RestartPolicy | None = None) -> None:
         self.config = config
+        self.num_restarts = 0
+        self.given_up = asyncio.Event()
+        self._restarts = Restarts(restart or RestartPolicy(0))
+        self._can_restart = restart is not None and restart.max_restarts > 0
         self.tokenizer = Tokenizer.from_folder(config.model)
         self.dead: EngineDead | None = None
         self._tracer = RequestTracer.of(config)
@@ -102,23 +128,29 @@ class AsyncEngine:
         self._numbers = itertools.count()
         self._folder = Path(tempfile.mkdtemp(prefix="servekit-"))  # mode 0700
         self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._launches = itertools.count()
+        self._socket: zmq.asyncio.Socket = self._new_socket()
         self._process: asyncio.subprocess.Process | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._listening: asyncio.Task[None] | None = None
+        self._supervising: asyncio.Task[None] | None = None
         self._stopping = False
 
+    def _new_socket(self) -> zmq.asyncio.Socket:
+        made = self._context.socket(zmq.PAIR)
+        made.setsockopt(zmq.LINGER, 0)
+        made.setsockopt(zmq.SNDHWM, 0)
+        made.setsockopt(zmq.RCVHWM, 0)
+        return made
+
     @classmethod
-    async def from_config(cls, config: EngineConfig) -> AsyncEngine:
+    async def from_config(cls, config: EngineConfig, restart: RestartPolicy | None = None) -> AsyncEngine:
         """Start the engine's process and wait until its model is loaded and proven.
 
         Raises:
             ArtifactError, ConfigError: what the engine refused, as it was there.
             EngineDead: the process ended without a word.
         """
-        engine = cls(config)
+        engine = cls(config, restart)
         try:
             await engine._start()
         except BaseException:
@@ -127,24 +159,28 @@ class AsyncEngine:
         return engine
 
     async def _start(self) -> None:
-        address = f"ipc://{self._folder / 'engine'}"
+        self.facts = (await self._launch(self.config)).facts
+        self._grammars = GrammarDoor(self.config.model, self.facts)
+        self._listening = asyncio.create_task(self._listen())
+        self._supervising = asyncio.create_task(self._supervise())
+
+    async def _launch(self, config: EngineConfig) -> m.Ready:
+        """Start a process and wait until its model is loaded and proven."""
+        address = f"ipc://{self._folder / f'engine-{next(self._launches)}'}"
         self._socket.bind(address)
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "servekit.engine.process", address, start_new_session=True
         )
-        self._tasks.append(asyncio.create_task(self._watch()))
-        first = await self._first_words(self._process)
+        first = await self._first_words(self._process, config)
         if isinstance(first, m.Failed):
             raise rebuilt(first.error)
         if not isinstance(first, m.Ready):
             raise EngineDead(message="the engine's process did not say that it is ready")
-        self.facts = first.facts
-        self._grammars = GrammarDoor(self.config.model, self.facts)
-        self._tasks.append(asyncio.create_task(self._listen()))
+        return first
 
-    async def _first_words(self, process: asyncio.subprocess.Process) -> m.FromEngine:
+    async def _first_words(self, process: asyncio.subprocess.Process, config: EngineConfig) -> m.FromEngine:
         """Say what to load, and wait for the answer or for the process's end."""
-        start = asyncio.ensure_future(self._socket.send(m.encode(m.Start(self.config))))  # once it has connected
+        start = asyncio.ensure_future(self._socket.send(m.encode(m.Start(config))))  # once it has connected
         receive = asyncio.ensure_future(self._receive())
         ended = asyncio.ensure_future(process.wait())
         try:
@@ -173,13 +209,20 @@ class AsyncEngine:
     # --- requests ---
 
     async def add_request(
-        self, request_id: str, prompt: str | Sequence[int], params: SamplingParams, **about: Any
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        is_replayable: bool = False,
+        **about: Any,
     ) -> RequestStream:
         """Check a request and send it to the engine.
 
         Args:
-            about: ``priority``, ``tenant``, ``cache_salt``, ``timeout_s``, ``add_special_tokens``, ``param``: as
-                ``validate`` takes them.
+            is_replayable: the caller can take its outputs from the start again, should the engine die in between.
+            about: ``priority``, ``tenant``, ``cache_salt``, ``timeout_s``, ``add_special_tokens``, ``param``,
+                ``pooling``: as ``validate`` takes them.
 
         Raises:
             RequestError: it cannot be served.
@@ -192,9 +235,9 @@ class AsyncEngine:
             self._raise_if_dead()
         if request_id in self._streams:
             raise RequestError("request_id", request_id, "an id that is not in use", code="conflict")
-        stream = RequestStream(self, request)
+        stream = RequestStream(self, request, prompt if isinstance(prompt, str) else None, is_replayable=is_replayable)
         self._streams[request_id] = stream
-        self._outputs.add(request, prompt if isinstance(prompt, str) else None)
+        self._outputs.add(request, stream.prompt)
         try:
             await self._send(m.Add(request))
         except EngineDead:
@@ -218,14 +261,28 @@ class AsyncEngine:
     async def reset_prefix_cache(self) -> bool:
         return (await self._ask("reset_prefix_cache")).done
 
-    async def _ask(self, what: str) -> m.Answer:
+    async def sleep(self, level: int) -> None:
+        """Give memory back until ``wake_up``: the KV cache (level 1), and the weights as well (level 2).
+
+        Raises:
+            ResourceError: requests are under way.
+        """
+        await self._ask("sleep", level)
+
+    async def wake_up(self) -> None:
+        await self._ask("wake_up")
+
+    async def _ask(self, what: str, level: int = 0) -> m.Answer:
         self._raise_if_dead()
         number = next(self._numbers)
         self._answers[number] = asyncio.get_running_loop().create_future()
         try:
-            await self._send(m.Ask(number, what))
+            await self._send(m.Ask(number, what, level))
             async with asyncio.timeout(ASK_LIMIT_S):
-                return await self._answers[number]
+                answer = await self._answers[number]
+            if answer.error is not None:
+                raise rebuilt(answer.error)
+            return answer
         finally:
             del self._answers[number]
 
@@ -274,25 +331,73 @@ class AsyncEngine:
         if output.finished:
             del self._streams[output.request_id]
 
-    async def _watch(self) -> None:
-        """The moment the process ends, everybody who waits for it learns so."""
-        if self._process is None:
-            return
-        status = await self._process.wait()
-        if self._stopping:
-            return
+    async def _supervise(self) -> None:
+        """The moment the process ends, everybody who waits for it learns so; then it is started again."""
+        while self._process is not None:
+            status = await self._process.wait()
+            if self._stopping:
+                return
+            await self._died(status)
+            if not await self._revived():
+                self._end_streams(list(self._streams))
+                self.given_up.set()
+                return
+
+    async def _died(self, status: int) -> None:
         self.dead = EngineDead(message=f"the engine has stopped (status {status}); requests in flight are lost")
-        for stream in self._streams.values():
-            stream.put(self.dead)
-        self._streams.clear()
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.gather(self._listening, return_exceptions=True)
+        lost = [key for key, stream in self._streams.items() if not (self._can_restart and stream.may_begin_again)]
+        self._end_streams(lost)
         self._outputs.clear()
         for future in self._answers.values():
             if not future.done():
                 future.set_exception(self.dead)
 
+    def _end_streams(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._streams.pop(request_id).put(self.dead or EngineDead())
+
+    async def _revived(self) -> bool:
+        """Start the engine again, as often as the policy allows; False where it stays dead."""
+        config = msgspec.structs.replace(self.config, max_model_len=self.facts.max_model_len)  # as was promised
+        while (delay_s := self._restarts.next_delay_s()) is not None:
+            await asyncio.sleep(delay_s)
+            self._socket.close(linger=0)
+            self._socket = self._new_socket()
+            try:
+                await self._launch(config)
+            except PlatformError as error:
+                log.error("the engine could not be started again: %s", error)
+                await self._kill()
+                continue
+            await self._resume()
+            return True
+        return False
+
+    async def _resume(self) -> None:
+        """Requests that were kept begin again."""
+        self.num_restarts += 1
+        self._listening = asyncio.create_task(self._listen())
+        self.dead = None
+        log.warning("the engine was started again; %d requests begin again", len(self._streams))
+        for stream in list(self._streams.values()):
+            self._outputs.add(stream.request, stream.prompt)
+            with contextlib.suppress(EngineDead):  # it died again, which is noticed elsewhere
+                await self._send(m.Add(stream.request))
+
+    async def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
     async def shutdown(self) -> None:
         """End the process and leave nothing behind. Requests still in flight get EngineDead."""
         self._stopping = True
+        if self._supervising is not None:
+            self._supervising.cancel()
+            await asyncio.gather(self._supervising, return_exceptions=True)
         dead = self.dead = self.dead or EngineDead(message="the engine was shut down")
         for stream in self._streams.values():
             stream.put(dead)
@@ -305,13 +410,12 @@ class AsyncEngine:
                 async with asyncio.timeout(STOP_LIMIT_S):
                     await process.wait()
             except TimeoutError:
-                process.kill()
-                await process.wait()
+                await self._kill()
         if hasattr(self, "_grammars"):
             self._grammars.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.gather(self._listening, return_exceptions=True)
         if self._tracer is not None:
             await asyncio.to_thread(self._tracer.close)
         self._socket.close(linger=0)

@@ -31,7 +31,8 @@ class Ask(msgspec.Struct, tag=True, frozen=True):
     """A question that is answered by ``Answer`` with the same number."""
 
     number: int
-    what: str  # stats | reset_prefix_cache
+    what: str  # stats | reset_prefix_cache | sleep | wake_up
+    level: int = 0  # of sleep
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
@@ -67,6 +68,7 @@ class Answer(msgspec.Struct, tag=True, frozen=True):
     number: int
     stats: SchedulerStats | None = None
     done: bool = True
+    error: dict[str, Any] | None = None  # ``PlatformError.to_dict()``
 
 
 ToEngine = Start | Add | Abort | Ask | Stop

@@ -9,11 +9,12 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import zmq
 
-from common_platform.errors import PlatformError, RequestError
+from common_platform.errors import Overloaded, PlatformError, RequestError
 from servekit.engine import messages as m
 from servekit.engine.collector import fewer_collections
 from servekit.engine.engine import EngineCore
@@ -87,8 +88,9 @@ class EngineProcess:
         match message:
             case m.Add(request):
                 try:
+                    _raise_if_asleep(core)
                     core.add(request)
-                except RequestError as error:
+                except (RequestError, Overloaded) as error:
                     self._send(m.Refused(request.request_id, error.to_dict()))
             case m.Abort(sequence_ids):
                 core.abort(sequence_ids)
@@ -96,8 +98,26 @@ class EngineProcess:
                 self._send(m.Answer(number, core.stats()))
             case m.Ask(number, "reset_prefix_cache"):
                 self._send(m.Answer(number, done=core.reset_prefix_cache()))
+            case m.Ask(number, "sleep", level):
+                self._send(m.Answer(number, error=_fault_of(lambda: core.sleep(level))))
+            case m.Ask(number, "wake_up"):
+                self._send(m.Answer(number, error=_fault_of(core.wake_up)))
             case m.Stop():
                 self._stopping = True
+
+
+def _raise_if_asleep(core: EngineCore) -> None:
+    if core.is_sleeping:
+        raise Overloaded(code="sleeping", message="the engine sleeps")
+
+
+def _fault_of(work: Callable[[], None]) -> dict[str, Any] | None:
+    """What went wrong in ``work``, as it crosses to the client."""
+    try:
+        work()
+    except PlatformError as error:
+        return error.to_dict()
+    return None
 
 
 def die_with_parent() -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jinja2 import Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RustTokenizer
 
 from common_platform.artifact import ModelFolder, open_model_folder
-from common_platform.errors import ArtifactFormatError, ArtifactMissing, RequestError
+from common_platform.errors import ArtifactFormatError, ArtifactMissing
+from servekit.engine.chat_template import (
+    FILE,
+    compiled,
+    missing,
+    refused,
+    special_tokens,
+    template_source,
+    variables_for,
+)
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -82,23 +88,13 @@ class Tokenizer:
         return self._template is not None
 
     def _compile(self, folder: ModelFolder) -> Template | None:
-        source = self._config.get("chat_template")
-        if folder.has("chat_template.jinja"):
-            source = folder.read_bytes("chat_template.jinja").decode("utf-8")
-        if isinstance(source, list):  # several, by name
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        source = template_source(folder, self._config)
         if source is None:
             return None
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
-            return environment.from_string(source)
+            return compiled(source)
         except TemplateError as error:
-            raise ArtifactFormatError("chat_template.jinja", str(error), "a Jinja template") from error
+            raise ArtifactFormatError(FILE, str(error), "a Jinja template") from error
 
     def apply_chat_template(
         self,
@@ -114,36 +110,18 @@ class Tokenizer:
             RequestError: the model has no template, or its template refuses these messages.
         """
         if self._template is None:
-            raise RequestError(
-                "messages",
-                "a chat",
-                "completions only: this model has no chat template",
-                code="chat_template_missing",
-            )
-        special = {
-            name: token["content"] if isinstance(token, dict) else token
-            for name, token in self._config.items()
-            if name.endswith("_token") and isinstance(token, str | dict)
-        }
+            raise missing()
+        shown = variables_for(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            special=special_tokens(self._config),
+            variables=variables,
+        )
         try:
-            return self._template.render(
-                messages=list(messages),
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **(special | variables),
-            )
+            return self._template.render(shown)
         except Exception as error:  # a template may raise anything
-            message = f"messages: the model's chat template refused them: {str(error)[:160]}"
-            raise RequestError("messages", None, code="chat_template_error", message=message) from error
-
-
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **more: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
-
-
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)
+            raise refused(error) from error
 
 
 def _byte_alphabet() -> dict[str, int]:

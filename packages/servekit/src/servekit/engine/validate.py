@@ -57,6 +57,7 @@ def validate(
     cache_salt: str = "",
     timeout_s: float | None = None,
     param: str = "prompt",
+    pooling: str = "",
 ) -> EngineRequest:
     """Decide whether the engine can serve this, and tokenize it.
 
@@ -83,6 +84,7 @@ def validate(
         tenant=tenant,
         cache_salt=cache_salt,
         timeout_s=timeout_s,
+        pooling=pooling,
     )
 
 

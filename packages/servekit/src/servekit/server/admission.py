@@ -9,6 +9,12 @@ from common_platform.errors import Overloaded, RequestError
 from servekit.engine.async_engine import AsyncEngine
 from servekit.server.limits import ServerLimits
 
+CLOSED = {
+    "draining": "the server is shutting down; send this to another one",
+    "paused": "the server takes no new requests; send this to another one, or later",
+    "sleeping": "the model is not in memory; send this to another one, or later",
+}
+
 
 class Admission:
     """Decides whether there is room for one more request."""
@@ -17,12 +23,12 @@ class Admission:
         self._engine = engine
         self._limits = limits
         self.num_streams = 0
-        self.is_draining = False
+        self.closed_for: str | None = None  # draining | paused | sleeping
 
     def check_room(self) -> None:
-        """Raise Overloaded while the server ends, or while the queue is full."""
-        if self.is_draining:
-            raise Overloaded(code="draining", message="the server is shutting down; send this to another one")
+        """Raise Overloaded while the server takes nothing, or while the queue is full."""
+        if self.closed_for is not None:
+            raise Overloaded(code=self.closed_for, message=CLOSED[self.closed_for])
         most = self._engine.config.max_num_seqs + self._limits.max_queue
         if self._engine.num_requests >= most:
             message = f"{self._engine.num_requests} requests run or wait; allowed {most}; change with --max-queue"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -13,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from common_platform.errors import RequestError
 from servekit.server.errors import error_response, request_id_of
+from servekit.server.keys import KeyRing
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., object])
 
@@ -23,32 +22,31 @@ def public(endpoint: Endpoint) -> Endpoint:
     return endpoint
 
 
-def digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
-
-
 class Auth:
     """Lets a request through if its route is public or its key is one of ours.
 
-    Only hashes are kept and compared, all of them each time, so that neither the answer's time nor a memory dump
-    tells a key. The hash of the key also names the tenant.
+    Args:
+        others: keys that are right elsewhere, and have no rights here.
     """
 
-    def __init__(self, app: ASGIApp, router: Router, keys: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, router: Router, keys: KeyRing, others: KeyRing | None = None) -> None:
         self._app = app
         self._router = router
-        self._digests = [digest(key.encode()) for key in keys]
+        self._keys = keys
+        self._others = others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._digests or self._is_public(scope):
+        if scope["type"] != "http" or not self._keys:
             await self._app(scope, receive, send)
             return
         try:
             scope["state"]["tenant"] = self._tenant(scope)
         except RequestError as error:
-            response = error_response(error, request_id_of(Request(scope)))
-            await response(scope, receive, send)
-            return
+            if not self._is_public(scope):
+                response = error_response(error, request_id_of(Request(scope)))
+                await response(scope, receive, send)
+                return
+            scope["state"]["is_stranger"] = True
         await self._app(scope, receive, send)
 
     def _is_public(self, scope: Scope) -> bool:
@@ -60,16 +58,19 @@ class Auth:
         return False
 
     def _tenant(self, scope: Scope) -> str:
-        """Raise RequestError unless exactly one ``Authorization: Bearer`` header holds one of the keys."""
+        """Raise RequestError unless exactly one ``Authorization: Bearer`` or ``X-Api-Key`` holds one of the keys."""
         given = [value for name, value in scope["headers"] if name == b"authorization"]
+        given += [b"bearer " + value for name, value in scope["headers"] if name == b"x-api-key"]  # Anthropic's clients
         if not given:
-            raise _refused("missing_api_key", "no API key; send it as Authorization: Bearer KEY")
+            raise _refused("missing_api_key", "no API key; send it as Authorization: Bearer KEY, or as X-Api-Key: KEY")
         scheme, _, key = given[0].partition(b" ")
-        presented = digest(key.strip())
-        matches = [hmac.compare_digest(presented, known) for known in self._digests]
-        if len(given) > 1 or scheme.lower() != b"bearer" or not any(matches):
+        tenant = self._keys.tenant(key.strip())
+        if len(given) > 1 or scheme.lower() != b"bearer" or tenant is None:
+            if self._others is not None and self._others.tenant(key.strip()) is not None:
+                message = "this key is not for management; use the one of --admin-key-file"
+                raise RequestError(code="permission_denied", message=message, status=403)
             raise _refused("invalid_api_key", "the API key is not valid")
-        return presented.hex()[:16]
+        return tenant
 
 
 def _refused(code: str, message: str) -> RequestError:

@@ -19,20 +19,25 @@ from servekit.server.protocol import (
     stream_fields,
 )
 from servekit.server.structured import structured_output
+from servekit.server.template import ChatModel
+from servekit.server.templates import ChatPrompt
+from servekit.server.tools import ToolUse, check_tool_choice, needs_special_tokens, tool_use
 
 OF_THE_SERVER = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(GenerationRequest):
-    messages: list[dict[str, Any]]
-    add_generation_prompt: bool = True
+    """``hides_end_token``: special tokens are in the text for the parsers, so the one that ends it is too."""
+
+    prompt: ChatPrompt
+    tools: ToolUse = field(default_factory=ToolUse)
+    reasoning_parser: str = ""
+    hides_end_token: bool = False
     add_special_tokens: bool = False
-    template_variables: Mapping[str, Any] = field(default_factory=dict)
 
 
-def chat_fields(door: Door, variables: frozenset[str]) -> dict[str, f.Check]:
-    """Args: variables: the names that the model's chat template reads."""
+def chat_fields(door: Door, model: ChatModel) -> dict[str, f.Check]:
     limits, length = door.config.limits, door.facts.max_model_len
     return common_fields(door) | {
         "messages": check_messages(limits),
@@ -41,18 +46,20 @@ def chat_fields(door: Door, variables: frozenset[str]) -> dict[str, f.Check]:
         "logprobs": f.boolean,
         "top_logprobs": f.integer(0, limits.max_logprobs, "--max-logprobs"),
         "tools": check_tools(limits),
-        "tool_choice": _tool_choice,
+        "tool_choice": check_tool_choice,
         "parallel_tool_calls": f.boolean,
         "add_generation_prompt": f.boolean,
-        "chat_template": f.refused(
-            "the model's own template", code="chat_template_refused", flag="--allow-request-chat-template"
-        ),
-        "chat_template_kwargs": _template_variables(variables),
+        "continue_final_message": f.boolean,
+        "chat_template": f.text(limits.max_template_chars, min_chars=1, flag="--max-template-chars")
+        if door.config.allow_request_chat_template
+        else _no_template,
+        "chat_template_kwargs": _template_variables(door, model.variables),
+        "reasoning_effort": _reasoning_effort(model.variables),
         "modalities": f.listed(f.one_of("text"), 1, least=1),
     }
 
 
-def read_chat(door: Door, body: dict[str, Any], checks: dict[str, f.Check]) -> ChatRequest:
+def read_chat(door: Door, model: ChatModel, body: dict[str, Any], checks: dict[str, f.Check]) -> ChatRequest:
     """The request in ``body``.
 
     Raises:
@@ -61,16 +68,42 @@ def read_chat(door: Door, body: dict[str, Any], checks: dict[str, f.Check]) -> C
     checked = check_body(door, body, checks, "messages")
     name, max_tokens = _max_tokens(checked)
     check_together(door, checked, num_prompts=1, max_tokens=max_tokens, tokens_name=name)
-    _check_tools_together(checked)
     spec, names = structured_output(checked, door.config.limits)
+    tools = tool_use(checked, model, door.config.limits, is_structured=spec is not None)
+    if tools.constraint is not None:
+        spec, names = tools.constraint, {"json": "tools", "structured_outputs": "tool_choice"}
+    is_json = tools.constraint is not None or checked.get("response_format") is not None
+    reasoning = "" if is_json else model.reasoning_parser  # a grammar leaves no room to think
+    hides = "skip_special_tokens" not in checked and needs_special_tokens(tools.parser, reasoning)
+    if hides:
+        checked["skip_special_tokens"] = False
     return ChatRequest(
         **stream_fields(checked),
         params=sampling_params(checked, max_tokens=max_tokens, logprobs=_logprobs(checked), structured=spec),
         param_names=names | {"prompt": "messages", "max_tokens": name},
-        messages=checked["messages"],
-        add_generation_prompt=checked.get("add_generation_prompt", True),
+        prompt=_prompt(checked, tools),
+        tools=tools,
+        reasoning_parser=reasoning,
+        hides_end_token=hides,
         add_special_tokens=checked.get("add_special_tokens", False),
-        template_variables=checked.get("chat_template_kwargs", {}),
+    )
+
+
+def _prompt(checked: Mapping[str, Any], tools: ToolUse) -> ChatPrompt:
+    goes_on = checked.get("continue_final_message", False)
+    if goes_on and checked.get("add_generation_prompt"):
+        limit = "false with continue_final_message"
+        raise RequestError("add_generation_prompt", True, limit, code="conflict")
+    variables = dict(checked.get("chat_template_kwargs", {}))
+    if "reasoning_effort" in checked:
+        variables.setdefault("reasoning_effort", checked["reasoning_effort"])
+    return ChatPrompt(
+        messages=checked["messages"],
+        tools=tools.shown,
+        add_generation_prompt=checked.get("add_generation_prompt", not goes_on),
+        continue_final_message=goes_on,
+        variables=variables,
+        source=checked.get("chat_template"),
     )
 
 
@@ -88,31 +121,28 @@ def _logprobs(checked: Mapping[str, Any]) -> int | None:
     return (top or 0) if wanted else None
 
 
-def _tool_choice(value: Any, path: str) -> Any:
-    if isinstance(value, dict):
-        return value
-    return f.one_of("none", "auto", "required")(value, path)
+def _no_template(value: Any, path: str) -> str:
+    limit, flag = "the model's own template", "--allow-request-chat-template"
+    raise RequestError(path, "a template", limit, code="chat_template_refused", flag=flag)
 
 
-def _check_tools_together(checked: Mapping[str, Any]) -> None:
-    tools, choice = checked.get("tools"), checked.get("tool_choice", "auto")
-    if not tools and choice not in ("none", "auto"):
-        shown = choice if isinstance(choice, str) else "a function"
-        raise RequestError("tool_choice", shown, "none or auto without tools", code="conflict")
-    if tools and choice != "none":
-        raise f.unsupported("tools", f"{len(tools)} tools", "none yet, or tool_choice=none")
+def _reasoning_effort(variables: frozenset[str]) -> f.Check:
+    if "reasoning_effort" in variables:
+        return f.one_of("none", "minimal", "low", "medium", "high", "xhigh")
+    return f.refused("nothing: this model's chat template does not read it")
 
 
-def _template_variables(variables: frozenset[str]) -> f.Check:
+def _template_variables(door: Door, variables: frozenset[str]) -> f.Check:
+    """A caller's own template may read what it likes; the model's reads what it reads."""
     allowed = variables - OF_THE_SERVER
+    is_open = door.config.allow_request_chat_template
 
     def check(value: Any, path: str) -> dict[str, Any]:
         for name in f.any_object(value, path):
             at = f"{path}.{name[:64]}"
             if name == "chat_template":
-                limit, flag = "the model's own template", "--allow-request-chat-template"
-                raise RequestError(at, "a template", limit, code="chat_template_refused", flag=flag)
-            if name not in allowed:
+                _no_template(name, at)
+            if name not in allowed and (not is_open or name in OF_THE_SERVER):
                 limit = f"what the template reads: {', '.join(sorted(allowed)) or 'nothing'}"[:200]
                 raise RequestError(at, "an unknown field", limit, code="unknown_field")
         return dict(value)

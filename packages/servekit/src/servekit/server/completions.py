@@ -24,7 +24,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 def completion_fields(door: Door) -> dict[str, f.Check]:
     limits = door.config.limits
     return common_fields(door) | {
-        "prompt": _prompt(door),
+        "prompt": prompts_of(door, limits.max_prompts, "--max-prompts", "prompts"),
         "best_of": f.integer(1, limits.max_n, "--max-n"),
         "echo": f.boolean,
         "logprobs": f.integer(0, limits.max_logprobs, "--max-logprobs"),
@@ -69,8 +69,8 @@ def _suffix(value: Any, path: str) -> None:
         raise f.unsupported(path, "a suffix", "none: this model does not fill in")
 
 
-def _prompt(door: Door) -> f.Check:
-    """A text, token ids, or a list of either; the second value tells which."""
+def prompts_of(door: Door, most: int, flag: str, what: str) -> f.Check:
+    """A text, token ids, or a list of either, of at most ``most``; the second value tells whether it was a list."""
 
     def check(value: Any, path: str) -> tuple[list[Prompt], bool]:
         if isinstance(value, str):
@@ -80,16 +80,15 @@ def _prompt(door: Door) -> f.Check:
         if not value:
             raise _empty(path, "an empty array")
         if isinstance(value[0], str | list):
-            return _batch(door, value, path), True
+            return _batch(door, value, path, most, flag, what), True
         return [_tokens(door, value, path)], False
 
     return check
 
 
-def _batch(door: Door, value: list[Any], path: str) -> list[Prompt]:
-    most = door.config.limits.max_prompts
+def _batch(door: Door, value: list[Any], path: str, most: int, flag: str, what: str) -> list[Prompt]:
     if len(value) > most:
-        raise RequestError(path, f"{len(value)} prompts", f"1..{most}", code="out_of_range", flag="--max-prompts")
+        raise RequestError(path, f"{len(value)} {what}", f"1..{most}", code="out_of_range", flag=flag)
     kind = type(value[0])
     prompts: list[Prompt] = []
     for index, item in enumerate(value):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +14,22 @@ from starlette.exceptions import HTTPException
 from common_platform.errors import EngineDead, Overloaded, PlatformError, RequestError
 
 RETRY_AFTER_S = 1
+OVERLOADED_RETRY_AFTER_S = 5
 CLIENT_GONE = 499  # in the log only: there is nobody to send it to
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ROUTING = {404: ("not_found", "no such route"), 405: ("method_not_allowed", "the route does not know this method")}
+
+TOLD_CODES = {"chat_template_limit": "chat_template_limit"}  # of faults that are ours
+ANTHROPIC = "/v1/messages"
+TOLD = {"not_ready": "not ok", "engine_stalled": "the engine does not answer"}
+
+
+class RateLimited(RequestError):
+    """A caller is over its own share; ``retry_after_s`` says when it may come again."""
+
+    def __init__(self, *, code: str, message: str, retry_after_s: float) -> None:
+        super().__init__(code=code, message=message, status=429)
+        self.retry_after_s = retry_after_s
 
 
 class ClientGone(Exception):
@@ -39,13 +54,15 @@ def body_of(error: PlatformError, request_id: str) -> tuple[int, dict[str, Any]]
     """The status and body for ``error``; of our own faults only the request's id is told."""
     status = status_of(error)
     if status == 500:
-        return status, internal_error(request_id)
-    message = "the engine has stopped" if isinstance(error, EngineDead) else error.message
+        return status, internal_error(request_id, TOLD_CODES.get(error.code, "internal_error"))
+    message = error.message
+    if isinstance(error, EngineDead):
+        message = TOLD.get(error.code, "the engine has stopped")
     return status, error_body(status, error.code, message, error.param)
 
 
-def internal_error(request_id: str) -> dict[str, Any]:
-    return error_body(500, "internal_error", f"internal error, id {request_id}")
+def internal_error(request_id: str, code: str = "internal_error") -> dict[str, Any]:
+    return error_body(500, code, f"internal error, id {request_id}")
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -55,13 +72,17 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
 
 def error_response(error: PlatformError, request_id: str) -> Response:
     status, body = body_of(error, request_id)
-    return json_response(body, status, headers_for(status))
+    return json_response(body, status, headers_for(error))
 
 
-def headers_for(status: int) -> dict[str, str]:
+def headers_for(error: PlatformError) -> dict[str, str]:
     """What goes with a status: when to come back, how to log in, that the rest of a body is not read."""
+    status = status_of(error)
     if status in (429, 503):
-        return {"Retry-After": str(RETRY_AFTER_S)}
+        wait_s = error.retry_after_s if isinstance(error, RateLimited) else RETRY_AFTER_S
+        if isinstance(error, Overloaded) and error.code == Overloaded.default_code:
+            wait_s = random.uniform(RETRY_AFTER_S, OVERLOADED_RETRY_AFTER_S)  # so that not all come back at once
+        return {"Retry-After": str(max(1, math.ceil(wait_s)))}
     if status == 401:
         return {"WWW-Authenticate": "Bearer"}
     return {"Connection": "close"} if status in (408, 413) else {}
@@ -79,7 +100,11 @@ def install(app: FastAPI) -> None:
             raise error
         if status_of(error) == 500:
             raise error
-        return error_response(error, request_id_of(request))
+        response = error_response(error, request_id_of(request))
+        if request.url.path.startswith(ANTHROPIC):  # its clients look for the word at the top
+            status, body = body_of(error, request_id_of(request))
+            response = json_response({"type": "error"} | body, status, headers_for(error))
+        return response
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
@@ -89,6 +114,8 @@ def install(app: FastAPI) -> None:
         return json_response(body, error.status_code, error.headers)
 
     async def on_bug(request: Request, error: Exception) -> Response:
+        if isinstance(error, PlatformError):
+            return json_response(body_of(error, request_id_of(request))[1], 500)
         return json_response(internal_error(request_id_of(request)), 500)
 
     async def on_client_gone(request: Request, error: Exception) -> Response:

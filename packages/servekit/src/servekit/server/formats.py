@@ -30,6 +30,7 @@ class Usage:
     def __init__(self) -> None:
         self._prompts: dict[int, tuple[int, int]] = {}
         self._completions: dict[tuple[int, int], int] = {}
+        self.num_reasoning_tokens = 0
 
     def add(self, prompt: int, output: RequestOutput) -> None:
         self._prompts[prompt] = (len(output.prompt_token_ids), output.num_cached_tokens)
@@ -39,12 +40,15 @@ class Usage:
     def to_json(self) -> Json:
         prompt_tokens = sum(tokens for tokens, _ in self._prompts.values())
         completion_tokens = sum(self._completions.values())
-        return {
+        made: Json = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(cached for _, cached in self._prompts.values())},
         }
+        if self.num_reasoning_tokens:
+            made["completion_tokens_details"] = {"reasoning_tokens": self.num_reasoning_tokens}
+        return made
 
 
 def finite(logprob: float) -> float:

@@ -6,12 +6,16 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from common_platform.errors import PlatformError, RequestError
 from servekit.engine.async_engine import AsyncEngine, RequestStream
 from servekit.engine.output import RequestOutput
 from servekit.engine.validate import MAX_CHARS_PER_TOKEN
 from servekit.server.admission import Admission
+from servekit.server.budgets import Budgets
+from servekit.server.caller import Caller
+from servekit.server.metrics import Metrics, RequestRecord
 from servekit.server.protocol import GenerationRequest, Prompt
 from servekit.server.structured import renamed
 
@@ -31,47 +35,65 @@ class Job:
 class Generation:
     """The engine's requests that together answer one HTTP request; ``close`` ends those still running."""
 
-    def __init__(self, engine: AsyncEngine, admission: Admission) -> None:
+    def __init__(self, engine: AsyncEngine, admission: Admission, metrics: Metrics, budgets: Budgets) -> None:
         self._engine = engine
         self._admission = admission
+        self._metrics = metrics
+        self._budgets = budgets
+        self._entered: str | None = None  # the tenant on whose account this runs
+        self._records: list[RequestRecord] = []
+        self._log: dict[str, Any] = {}
+        self._failure = ""
         self._streams: list[RequestStream] = []
         self._engine_ids: list[str] = []
 
-    async def open(self, job: Job, *, request_id: str, tenant: str) -> None:
+    async def open(self, job: Job, caller: Caller) -> None:
         """Send all prompts to the engine, or none.
 
         Raises:
             RequestError: one of them cannot be served; Overloaded, EngineDead: nothing can now.
         """
-        self._admission.check_room()
+        self._log = caller.log
         try:
+            self._admission.check_room()
+            self._budgets.enter(caller.tenant)
+            self._entered = caller.tenant
             for index, prompt in enumerate(job.prompts):
-                self._streams.append(await self._add(job, index, prompt, f"{request_id}-{index}", tenant))
-        except RequestError as error:
+                self._streams.append(await self._add(job, index, prompt, caller))
+        except PlatformError as error:
+            self._metrics.refused[error.code] += 1
             await self.close()
-            raise renamed(error, job.request.param_names) from error
+            if isinstance(error, RequestError):
+                raise renamed(error, job.request.param_names) from error
+            raise
         except BaseException:
             await self.close()
             raise
 
-    async def _add(self, job: Job, index: int, prompt: Prompt, engine_id: str, tenant: str) -> RequestStream:
+    async def _add(self, job: Job, index: int, prompt: Prompt, caller: Caller) -> RequestStream:
+        record = self._metrics.record()
         add_special_tokens = job.add_special_tokens
         if isinstance(prompt, str) and self._is_long(prompt):
             prompt = await asyncio.to_thread(
                 self._engine.tokenizer.encode, prompt, add_special_tokens=add_special_tokens
             )
+        engine_id = f"{caller.request_id}-{index}"
         self._engine_ids.append(engine_id)  # before it is there: leaving in between must end it too
-        return await self._engine.add_request(
+        stream = await self._engine.add_request(
             engine_id,
             prompt,
             job.request.params,
             priority=job.request.priority,
-            tenant=tenant,
-            cache_salt=salt_of(tenant, job.request.cache_salt),
+            tenant=caller.tenant,
+            cache_salt=salt_of(caller.tenant, job.request.cache_salt),
             add_special_tokens=add_special_tokens,
             timeout_s=job.request.timeout_s,
             param=job.param_of[index],
+            pooling=job.request.pooling,
+            is_replayable=not job.request.stream,
         )
+        self._records.append(record)
+        return stream
 
     def _is_long(self, prompt: str) -> bool:
         return LONG_TEXT < len(prompt) <= self._engine.facts.max_model_len * MAX_CHARS_PER_TOKEN
@@ -82,17 +104,42 @@ class Generation:
         Raises:
             EngineDead: the engine stopped; PlatformError: an answer failed.
         """
-        if len(self._streams) == 1:
-            async for output in self._streams[0]:
-                yield 0, _proper(output)
-            return
-        async for index, output in _merged(self._streams):
-            yield index, _proper(output)
+        try:
+            if len(self._streams) == 1:
+                async for output in self._streams[0]:
+                    self._records[0].saw(output)
+                    yield 0, _proper(output)
+                return
+            async for index, output in _merged(self._streams):
+                self._records[index].saw(output)
+                yield index, _proper(output)
+        except PlatformError as error:
+            self._failure = error.code
+            raise
 
     async def close(self) -> None:
         """Ends of requests that have ended already cost nothing."""
-        for engine_id in self._engine_ids:
+        engine_ids, self._engine_ids = self._engine_ids, []
+        self._settle()  # before anything is waited for: leaving in between must not lose it
+        for engine_id in engine_ids:
             await self._engine.abort(engine_id)
+
+    def _settle(self) -> None:
+        """What was used goes to the metrics, the log and the caller's account."""
+        reason = self._failure or self._log.get("finish", "client_gone")
+        for stream, record in zip(self._streams, self._records, strict=False):
+            record.cut_off(stream.request.sampling.n, reason)
+        num_prompt = sum(record.num_prompt_tokens for record in self._records)
+        num_generated = sum(record.num_generated_tokens for record in self._records)
+        if self._records:
+            self._count("prompt_tokens", num_prompt)
+            self._count("completion_tokens", num_generated)
+        if self._entered is not None:
+            self._budgets.leave(self._entered, num_prompt + num_generated)
+        self._streams, self._records, self._entered = [], [], None
+
+    def _count(self, name: str, tokens: int) -> None:
+        self._log[name] = self._log.get(name, 0) + tokens
 
 
 async def _merged(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, RequestOutput]]:

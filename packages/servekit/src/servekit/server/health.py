@@ -29,7 +29,7 @@ class Heartbeat:
         self._asked_at: float | None = None  # of a question still open
 
     async def run(self) -> None:
-        while self._engine.dead is None:
+        while not self._engine.given_up.is_set():
             self._asked_at = self._clock() if self._asked_at is None else self._asked_at
             try:
                 await self._engine.stats()
@@ -37,7 +37,7 @@ class Heartbeat:
             except TimeoutError:
                 continue  # still open: the first question's time counts
             except EngineDead:
-                return
+                self._asked_at = None  # of another process the next time
             await asyncio.sleep(ASK_EVERY_S)
 
     def check(self) -> None:

@@ -58,6 +58,11 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_schema_depth: Annotated[int, Meta(description="schemas inside one another")] = 32
     max_regex_chars: Annotated[int, Meta(description="characters of a regex")] = 4_096
     max_grammar_states: Annotated[int, Meta(description="states a regex may unfold to")] = 100_000
+    max_embedding_inputs: Annotated[int, Meta(description="inputs, documents or texts of a request")] = 2_048
+    max_stored_responses: Annotated[int, Meta(description="responses kept to be asked for again")] = 1_000
+    response_store_bytes: Annotated[int, Meta(description="bytes of them together")] = 256 * MIB
+    max_template_chars: Annotated[int, Meta(description="characters of a caller's chat template")] = 65_536
+    template_timeout_s: Annotated[float, Meta(description="seconds to render a chat template")] = 2.0
     max_tokenize_chars: Annotated[int, Meta(description="characters to /tokenize")] = 4 * MIB
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -35,6 +36,7 @@ def _message(value: Any, path: str, limits: ServerLimits) -> dict[str, Any]:
         "content": lambda content, at: _content(content, at, limits),
         "name": f.text(256),
         "refusal": f.text(ANY_LENGTH),
+        "reasoning_content": f.text(ANY_LENGTH),
         "tool_calls": f.listed(_tool_call, limits.max_tools, flag="--max-tools"),
         "tool_call_id": f.text(256),
     }
@@ -43,6 +45,9 @@ def _message(value: Any, path: str, limits: ServerLimits) -> dict[str, Any]:
     message = f.check_object(value, path, checks, required=required)
     if message["role"] == "developer":
         message["role"] = "system"  # OpenAI's newer word for it; templates know the older
+    message.setdefault("content", "")
+    for call in message.get("tool_calls", ()):
+        call["function"]["arguments"] = _as_templates_read(call["function"]["arguments"])
     return message
 
 
@@ -68,6 +73,15 @@ def _tool_call(value: Any, path: str) -> dict[str, Any]:
     )
     checks: dict[str, f.Check] = {"id": f.text(256), "type": f.one_of("function"), "function": function}
     return f.check_object(value, path, checks, required=("id", "function"))
+
+
+def _as_templates_read(arguments: str) -> Any:
+    """An object, as templates write it; what a model wrote wrongly stays the text it is."""
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
 
 
 def _check_tool_answers(messages: list[dict[str, Any]], path: str) -> None:

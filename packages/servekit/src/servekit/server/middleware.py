@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
@@ -16,6 +17,7 @@ from servekit.server.errors import CLIENT_GONE
 
 access_log = logging.getLogger("servekit.access")
 log = logging.getLogger("servekit.server")
+METHODS = ("GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS")
 LABEL = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -28,10 +30,15 @@ SECURITY_HEADERS = {
 
 
 class Envelope:
-    """The outermost layer of the app."""
+    """The outermost layer of the app.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        answered: is told the method, the route and the status of each answer.
+    """
+
+    def __init__(self, app: ASGIApp, answered: Callable[[str, str, int], None] | None = None) -> None:
         self._app = app
+        self._answered = answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,6 +53,14 @@ class Envelope:
             exchange.status = 500
         finally:
             exchange.log()
+            if self._answered is not None:
+                self._answered(*_series(scope), exchange.status)
+
+
+def _series(scope: Scope) -> tuple[str, str]:
+    """Method and route as labels, of which there are only so many."""
+    method = scope["method"] if scope["method"] in METHODS else "other"
+    return method, getattr(scope.get("route"), "path", "none")
 
 
 class _Exchange:

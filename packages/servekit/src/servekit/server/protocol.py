@@ -28,6 +28,7 @@ class GenerationRequest:
     cache_salt: str = ""
     timeout_s: float | None = None
     return_token_ids: bool = False
+    pooling: str = ""  # last | mean: the prompt's vector instead of an answer
     param_names: Mapping[str, str] | None = None  # the engine's name of a field -> the caller's
 
 
@@ -57,6 +58,12 @@ class Door:
             raise RequestError(path, value, f"one of {served}"[:200], code="model_not_found", status=404)
         return value
 
+    def priority(self, value: Any, path: str) -> int:
+        check = f.integer(-(2**31), 2**31 - 1)
+        if not self.config.allow_request_priority:
+            check = f.refused("no priority from callers", flag="--allow-request-priority")
+        return check(value, path)
+
 
 def check_body(door: Door, body: dict[str, Any], checks: Mapping[str, f.Check], *required: str) -> dict[str, Any]:
     return f.check_object(
@@ -69,9 +76,6 @@ def common_fields(door: Door) -> dict[str, f.Check]:
     limits, facts = door.config.limits, door.facts
     length = facts.max_model_len
     tokens = f.integer(0, length, "--max-model-len", allowed=f"1..{length}")
-    priority = f.integer(-(2**31), 2**31 - 1)
-    if not door.config.allow_request_priority:
-        priority = f.refused("no priority from callers", flag="--allow-request-priority")
     return {
         "model": door.model,
         "max_tokens": tokens,
@@ -107,7 +111,7 @@ def common_fields(door: Door) -> dict[str, f.Check]:
         "store": f.boolean,
         "service_tier": f.one_of("auto", "default"),
         "cache_salt": f.text(256, min_chars=1),
-        "priority": priority,
+        "priority": door.priority,
         "timeout": f.number(0, limits.max_request_timeout_s, above=True),
         "add_special_tokens": f.boolean,
         "return_token_ids": f.boolean,

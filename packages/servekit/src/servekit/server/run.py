@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -14,41 +16,44 @@ from contextlib import contextmanager
 import uvicorn
 import uvloop
 
-from common_platform.errors import ResourceError
+from common_platform.errors import ConfigError, ResourceError
 from servekit.engine.async_engine import AsyncEngine
 from servekit.engine.config import EngineConfig
-from servekit.server.admission import Admission
-from servekit.server.app import build_app, guarded
+from servekit.engine.supervisor import RestartPolicy
+from servekit.server.app import build_admin_app, build_app, guarded, guarded_admin
 from servekit.server.config import ServerConfig
 from servekit.server.http import protocol_class
 from servekit.server.limits import flag_of
+from servekit.server.state import ServerState
 
 log = logging.getLogger("servekit.server")
 BACKLOG = 2048
 LAST_WORDS_S = 0.5
 KEEP_ALIVE_S = 30  # an idle connection
-INTERRUPTED, TERMINATED = 130, 143
+LOST, INTERRUPTED, TERMINATED = 1, 130, 143
 
 
 def serve(engine: EngineConfig, config: ServerConfig) -> int:
     """Serve until a signal comes; the process's exit status.
 
     SIGTERM: no new requests, those under way have ``shutdown_timeout_s`` to end; 0, or 143 where some had to be cut
-    off. SIGINT: the same, 130. A second signal ends the waiting.
+    off. SIGINT: the same, 130. A second signal ends the waiting. SIGHUP: read the file of keys again. 1: the engine
+    died too often.
 
     Raises:
-        ResourceError: the port is taken.
+        ResourceError: a port is taken.
         ArtifactError, ConfigError: the engine cannot serve this model.
     """
-    listener = bind(config.host, config.port)
-    try:
+    with contextlib.ExitStack() as open_here:
+        listener = open_here.enter_context(bind(config.host, config.port))
+        admin_listener = None
+        if config.admin_port is not None:
+            admin_listener = open_here.enter_context(bind(config.admin_host, config.admin_port, "admin_port"))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_Lifetime(engine, config, listener).run())
-    finally:
-        listener.close()
+            return runner.run(_Lifetime(engine, config, listener, admin_listener).run())
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, name: str = "port") -> socket.socket:
     """The port is ours before the model is loaded, so that a taken one is known at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -61,21 +66,31 @@ def bind(host: str, port: int) -> socket.socket:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             taken = "in use" if error.errno == errno.EADDRINUSE else "not permitted"
             raise ResourceError(
-                "port", f"{port}, {taken}", "a free port", flag=flag_of("port"), code="port_in_use"
+                name, f"{port}, {taken}", "a free port", flag=flag_of(name), code="port_in_use"
             ) from error
-        raise ResourceError("host", host, "an address of this machine", flag=flag_of("host")) from error
+        raise ResourceError(
+            "host", host, "an address of this machine", flag=flag_of(name.replace("port", "host"))
+        ) from error
     return listener
 
 
 class _Lifetime:
     """What happens between start and end. Signals come at any time."""
 
-    def __init__(self, engine_config: EngineConfig, config: ServerConfig, listener: socket.socket) -> None:
+    def __init__(
+        self,
+        engine_config: EngineConfig,
+        config: ServerConfig,
+        listener: socket.socket,
+        admin_listener: socket.socket | None,
+    ) -> None:
         self._engine_config = engine_config
         self._config = config
         self._listener = listener
+        self._admin_listener = admin_listener
+        self._state: ServerState | None = None
+        self._is_lost = False  # the engine stays dead
         self._server: uvicorn.Server | None = None
-        self._admission: Admission | None = None
         self._signals: list[int] = []
         self._is_cut_off = False
         self._loading: asyncio.Task[AsyncEngine] | None = None
@@ -84,7 +99,9 @@ class _Lifetime:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        self._loading = asyncio.create_task(AsyncEngine.from_config(self._engine_config))
+        loop.add_signal_handler(signal.SIGHUP, self._on_hang_up)
+        restart = RestartPolicy(self._config.max_engine_restarts)
+        self._loading = asyncio.create_task(AsyncEngine.from_config(self._engine_config, restart))
         try:
             engine = await self._loading
         except asyncio.CancelledError:
@@ -98,19 +115,34 @@ class _Lifetime:
     async def _serve(self, engine: AsyncEngine) -> bool:
         """True where requests had to be cut off."""
         app = build_app(engine, self._config)
-        self._admission = app.state.server.admission
+        state = self._state = app.state.server
+        state.begin_drain = self._begin_drain
+        await state.templates.start()
         server = self._server = _Server(self._uvicorn_config(guarded(app, self._config)))
         if self._signals:  # one came while the model was being loaded
             return True
-        heartbeat = asyncio.create_task(app.state.server.heartbeat.run())
-        ready = asyncio.create_task(self._say_ready(server))
+        admin = _Server(self._uvicorn_config(guarded_admin(build_admin_app(app), self._config)))
+        beside = [state.heartbeat.run(), self._say_ready(server), self._watch(engine)]
+        if self._admin_listener is not None:
+            beside.append(admin.serve(sockets=[self._admin_listener]))
+        tasks = [asyncio.create_task(work) for work in beside]
         try:
             await server.serve(sockets=[self._listener])
         finally:
-            heartbeat.cancel()
-            ready.cancel()
-            await asyncio.gather(heartbeat, ready, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await state.responses.close()
+            await state.templates.close()
         return self._is_cut_off
+
+    async def _watch(self, engine: AsyncEngine) -> None:
+        """A server whose engine stays dead is of no use."""
+        await engine.given_up.wait()
+        log.error("the engine died too often; change with --max-engine-restarts")
+        self._is_lost = True
+        if self._server is not None:
+            self._server.should_exit = self._server.force_exit = True
 
     async def _last_words(self) -> None:
         """Streams that were cut off say so."""
@@ -130,14 +162,31 @@ class _Lifetime:
             proxy_headers=False,
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
+            ssl_certfile=self._config.ssl_certfile,
+            ssl_keyfile=self._config.ssl_keyfile,
+            ssl_ca_certs=self._config.ssl_ca_certs,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if self._config.ssl_ca_certs else ssl.CERT_NONE,
         )
 
     async def _say_ready(self, server: uvicorn.Server) -> None:
         while not server.started:
             await asyncio.sleep(0.01)
-        host, port = self._listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(f"servekit: ready on http://{shown}:{port}", file=sys.stderr, flush=True)
+        scheme = "https" if self._config.ssl_certfile else "http"
+        for words, listener in (("ready", self._listener), ("management", self._admin_listener)):
+            if listener is not None:
+                host, port = listener.getsockname()[:2]
+                shown = f"[{host}]" if ":" in host else host
+                print(f"servekit: {words} on {scheme}://{shown}:{port}", file=sys.stderr, flush=True)
+
+    def _on_hang_up(self) -> None:
+        """Keys that cannot be read leave those from before in their place."""
+        if self._state is None:
+            return
+        try:
+            self._state.keys.reload()
+            log.info("the keys were read again")
+        except ConfigError as error:
+            log.error("the keys stay as they were: %s", error)
 
     def _on_signal(self, number: int) -> None:
         self._signals.append(number)
@@ -148,8 +197,14 @@ class _Lifetime:
         if self._server.should_exit:
             self._cut_off()
             return
-        if self._admission is not None:
-            self._admission.is_draining = True
+        self._begin_drain()
+
+    def _begin_drain(self) -> None:
+        """No new requests; those under way have their time."""
+        if self._server is None or self._server.should_exit:
+            return
+        if self._state is not None:
+            self._state.admission.closed_for = "draining"
         self._server.should_exit = True
         asyncio.get_running_loop().call_later(self._config.shutdown_timeout_s, self._cut_off)
 
@@ -160,6 +215,8 @@ class _Lifetime:
             self._server.force_exit = True
 
     def _status(self, *, cut_off: bool) -> int:
+        if self._is_lost:
+            return LOST
         if signal.SIGINT in self._signals:
             return INTERRUPTED
         return TERMINATED if cut_off else 0

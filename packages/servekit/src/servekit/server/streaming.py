@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
-from fastapi import Request, Response
+from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from common_platform.errors import PlatformError
@@ -51,6 +52,17 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
+@dataclass(frozen=True, slots=True)
+class StreamForm:
+    """How a stream says that it is complete, and that it broke; ``error`` makes an event of an error's body."""
+
+    done: bytes = DONE
+    error: Callable[[dict[str, Any]], bytes] = event
+
+
+OPENAI = StreamForm()
+
+
 class SlowClient(Exception):
     """The caller does not read what it is sent."""
 
@@ -59,19 +71,23 @@ class EventStream(Response):
     """Sends events as they are made, and a comment while none comes, which keeps proxies from hanging up.
 
     Nothing is sent before the first event or comment is there, so that what is refused until then has a status of its
-    own. After it, an error is one last event, and no ``[DONE]`` follows.
+    own. After it, an error is one last event, and no ``[DONE]`` follows; ``form`` says how both are written.
 
     Args:
         events: its ``finally`` frees what the answer holds.
         stall_s: how long the caller may leave what was sent unread.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], stall_s: float) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], stall_s: float, form: StreamForm = OPENAI) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._events = events
         self._stall_s = stall_s
+        self._form = form
         self._has_begun = False
+        self._since = 0.0  # by the loop's clock: the last chunk
+        self._num_sending = 0
+        self._is_stalled = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         told = scope["state"].setdefault("log", {})
@@ -86,11 +102,24 @@ class EventStream(Response):
             await self._events.aclose()
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The events, watched over by a task beside, so that an event costs no timer of its own."""
+        watch = asyncio.create_task(self._watch(send, asyncio.current_task()))
+        try:
+            await self._send_all(scope, receive, send)
+        except asyncio.CancelledError:
+            if self._is_stalled:
+                raise SlowClient from None
+            raise
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+
+    async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope["state"]["request_id"]
         try:
-            async for chunk in _paced(self._events):
+            async for chunk in self._events:
                 await self._send(send, chunk)
-            await self._send(send, DONE, last=True)
+            await self._send(send, self._form.done, last=True)
         except PlatformError as error:
             if not self._has_begun and status_of(error) == 500:
                 raise
@@ -98,49 +127,31 @@ class EventStream(Response):
                 await error_response(error, request_id)(scope, receive, send)
                 return
             log.warning("request %s failed: %s", request_id, error)
-            await self._send(send, event(body_of(error, request_id)[1]), last=True)
-        except SlowClient:
-            raise
+            await self._send(send, self._form.error(body_of(error, request_id)[1]), last=True)
         except Exception:
             if self._has_begun:
-                await self._send(send, event(internal_error(request_id)), last=True)
+                await self._send(send, self._form.error(internal_error(request_id)), last=True)
             raise
+
+    async def _watch(self, send: Send, task: asyncio.Task[None] | None) -> None:
+        """Send a comment where nothing comes, and end ``task`` where nothing is read."""
+        loop = asyncio.get_running_loop()
+        self._since = loop.time()
+        while True:
+            await asyncio.sleep(min(KEEP_ALIVE_S, self._stall_s) / 4)
+            idle_s = loop.time() - self._since
+            if self._num_sending and idle_s > self._stall_s and task is not None:
+                self._is_stalled = True
+                task.cancel()
+                return
+            if not self._num_sending and idle_s > KEEP_ALIVE_S:
+                await self._send(send, KEEP_ALIVE)
 
     async def _send(self, send: Send, chunk: bytes, *, last: bool = False) -> None:
         if not self._has_begun:
             self._has_begun = True
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        try:
-            async with asyncio.timeout(self._stall_s):
-                await send({"type": "http.response.body", "body": chunk, "more_body": not last})
-        except TimeoutError as error:
-            raise SlowClient from error
-
-
-async def _paced(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """The events, with a comment wherever nothing comes for a while."""
-    following: asyncio.Task[bytes] | None = None
-    try:
-        while True:
-            following = following or asyncio.ensure_future(_following(events))
-            await asyncio.wait({following}, timeout=KEEP_ALIVE_S)
-            if following.done():
-                chunk, following = following.result(), None
-                if not chunk:
-                    return
-                yield chunk
-            else:
-                yield KEEP_ALIVE
-    finally:
-        if following is not None:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
-
-
-async def _following(events: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(events, b"")
-
-
-def tenant_of(request: Request) -> str:
-    """The key that the request came with, as a name; empty where no keys are set."""
-    return str(request.scope["state"].get("tenant", ""))
+        self._since = asyncio.get_running_loop().time()
+        self._num_sending += 1
+        await send({"type": "http.response.body", "body": chunk, "more_body": not last})
+        self._num_sending -= 1

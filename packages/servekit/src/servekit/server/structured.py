@@ -111,7 +111,8 @@ def renamed(error: RequestError, names: Mapping[str, str] | None) -> RequestErro
     for ours, theirs in (names or {}).items():
         rest = param.removeprefix(ours)
         if param.startswith(ours) and rest[:1] in ("", ".", "["):
-            return RequestError(
-                theirs + rest, error.value, error.limit, code=error.code, flag=error.flag, status=error.status
-            )
+            name = theirs + rest
+            told = name + error.message.removeprefix(param) if error.message.startswith(param) else error.message
+            value, limit, flag = error.value, error.limit, error.flag
+            return RequestError(name, value, limit, code=error.code, flag=flag, message=told, status=error.status)
     return error

@@ -1,26 +1,66 @@
-"""Which variables a model's chat template reads: the only ones a caller may set."""
+"""What a model's chat template says about the model, by its text alone."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError, meta
 
 from common_platform.artifact import open_model_folder
+from common_platform.errors import ConfigError
+from servekit.engine.chat_template import environment, special_tokens, template_source
+from servekit.server.parsers.registry import REASONING_PARSERS, TOOL_PARSERS, reasoning_parser_of, tool_parser_of
+
+AUTO, NONE = "auto", "none"
+OF_EVERY_TEMPLATE = frozenset({"raise_exception", "strftime_now"})
 
 
-def template_variables(model: str | Path) -> frozenset[str]:
-    """Names that the template takes from outside; none where the model has no template."""
-    with open_model_folder(model, verify=False) as folder:
-        settings = folder.read_json("tokenizer_config.json") if folder.has("tokenizer_config.json") else {}
-        source = settings.get("chat_template")
-        if folder.has("chat_template.jinja"):
-            source = folder.read_bytes("chat_template.jinja").decode("utf-8")
-    if isinstance(source, list):  # several, by name
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if not isinstance(source, str):
-        return frozenset()
-    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
-    ours = {"raise_exception", "strftime_now"} | {name for name in settings if name.endswith("_token")}
-    return frozenset(meta.find_undeclared_variables(environment.parse(source)) - ours)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatModel:
+    """How to talk with the model: ``source`` is None where it has no template, a parser's name empty for none."""
+
+    source: str | None
+    special: dict[str, str]
+    variables: frozenset[str]  # that the template reads from outside: the only ones a caller may set
+    tool_parser: str
+    reasoning_parser: str
+
+    @property
+    def shows_tools(self) -> bool:
+        return "tools" in self.variables
+
+
+def chat_model(folder: str | Path, *, tool_parser: str, reasoning_parser: str) -> ChatModel:
+    """Args: tool_parser, reasoning_parser: a name, ``none``, or ``auto`` for what the template tells."""
+    _check("tool_call_parser", tool_parser, TOOL_PARSERS)
+    _check("reasoning_parser", reasoning_parser, REASONING_PARSERS)
+    with open_model_folder(folder, verify=False) as opened:
+        config = opened.read_json("tokenizer_config.json") if opened.has("tokenizer_config.json") else {}
+        source = template_source(opened, config)
+    special = special_tokens(config)
+    return ChatModel(
+        source=source,
+        special=special,
+        variables=frozenset() if source is None else _variables(source) - OF_EVERY_TEMPLATE - set(special),
+        tool_parser=_chosen(tool_parser, tool_parser_of(source or "")),
+        reasoning_parser=_chosen(reasoning_parser, reasoning_parser_of(source or "")),
+    )
+
+
+def _variables(source: str) -> frozenset[str]:
+    try:
+        return frozenset(meta.find_undeclared_variables(environment().parse(source)))
+    except TemplateError as error:
+        raise ConfigError("chat_template", str(error), "a Jinja template") from error
+
+
+def _chosen(wanted: str, told: str) -> str:
+    return told if wanted == AUTO else "" if wanted == NONE else wanted
+
+
+def _check(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in (AUTO, NONE, *known):
+        flag = "--" + name.replace("_", "-")
+        raise ConfigError(name, value, f"auto, none or one of {', '.join(known)}", flag=flag)

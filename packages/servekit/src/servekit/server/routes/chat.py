@@ -7,134 +7,122 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from common_platform.errors import RequestError
-from servekit.engine.output import CompletionOutput, RequestOutput
-from servekit.engine.validate import MAX_CHARS_PER_TOKEN
+from servekit.core.plan import TokenLogprob
 from servekit.server.body import read_json
+from servekit.server.caller import Caller, caller_of
 from servekit.server.chat import ChatRequest, read_chat
-from servekit.server.errors import json_response, request_id_of
-from servekit.server.formats import Envelope, Usage, chat_logprobs, prompt_logprobs
-from servekit.server.generation import Job
-from servekit.server.state import ServerState, state_of
-from servekit.server.streaming import EventStream, event, tenant_of, while_connected
+from servekit.server.errors import json_response
+from servekit.server.formats import Envelope, chat_logprobs, prompt_logprobs
+from servekit.server.parsers.base import CallDelta
+from servekit.server.state import ServerState, state_for_work
+from servekit.server.streaming import EventStream, event, while_connected
+from servekit.server.turn import Answer, Piece, Turn, tool_call
 
 router = APIRouter()
 
 
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
-    state = state_of(request)
+    state = state_for_work(request)
     body = await read_json(request, state.config.limits)
-    asked = read_chat(state.door, body, state.chat_checks)
-    prompt = render(state, asked.messages, asked.add_generation_prompt, asked.template_variables)
-    answer = _Answer(state, asked, prompt, request_id_of(request), tenant_of(request))
+    asked = read_chat(state.door, state.chat_model, body, state.chat_checks)
+    answer = _ChatAnswer(state, asked, await state.turn(asked), caller_of(request))
     if asked.stream:
         return EventStream(answer.events(), state.config.limits.stream_stall_s)
     return json_response(await while_connected(request.receive, answer.whole()))
 
 
-def render(state: ServerState, messages: list[dict[str, Any]], add_generation_prompt: bool, variables: Any) -> str:
-    """The prompt of a chat; one that could never fit is not rendered.
-
-    Raises:
-        RequestError: too long, or refused by the model's template.
-    """
-    facts = state.engine.facts
-    num_chars = sum(len(message.get("content") or "") for message in messages)
-    if num_chars > facts.max_model_len * MAX_CHARS_PER_TOKEN:
-        allowed = f"at most {facts.max_model_len} tokens, prompt and answer together"
-        got = f"{num_chars} characters"
-        raise RequestError("messages", got, allowed, code="context_length_exceeded", flag="--max-model-len")
-    return state.engine.tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, **dict(variables)
-    )
-
-
-class _Answer:
+class _ChatAnswer:
     """One answer on its way: ``n`` choices to one chat."""
 
-    def __init__(self, state: ServerState, asked: ChatRequest, prompt: str, request_id: str, tenant: str) -> None:
+    def __init__(self, state: ServerState, asked: ChatRequest, turn: Turn, caller: Caller) -> None:
         self._state = state
         self._asked = asked
-        self._request_id = request_id
-        self._tenant = tenant
-        self._job = Job(asked, [prompt], ["prompt"], asked.add_special_tokens)
+        self._turn = turn
+        self._caller = caller
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-        self._envelope = Envelope(f"chatcmpl-{request_id[4:]}", kind, asked.model)
-        self._usage = Usage()
+        self._envelope = Envelope(f"chatcmpl-{caller.request_id[4:]}", kind, asked.model)
         self._begun: set[int] = set()  # choices whose role has been sent
 
     async def whole(self) -> dict[str, Any]:
-        generation = self._state.generation()
-        latest: dict[int, CompletionOutput] = {}
-        output: RequestOutput | None = None
-        try:
-            await generation.open(self._job, request_id=self._request_id, tenant=self._tenant)
-            async for prompt, output in generation.outputs():
-                self._usage.add(prompt, output)
-                latest |= {choice.index: choice for choice in output.outputs}
-        finally:
-            await generation.close()
-        choices = [self._whole_choice(latest[index]) for index in sorted(latest)]
-        return self._envelope(choices, usage=self._usage.to_json(), **self._about_prompt(output))
+        answers = await self._turn.whole(self._caller)
+        choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
+        return self._envelope(choices, usage=self._turn.usage.to_json(), **self._about_prompt())
 
-    def _about_prompt(self, output: RequestOutput | None) -> dict[str, Any]:
+    def _about_prompt(self) -> dict[str, Any]:
         about: dict[str, Any] = {}
+        output, num_top = self._turn.output, self._asked.params.prompt_logprobs
         if output is not None and self._asked.return_token_ids:
             about["prompt_token_ids"] = output.prompt_token_ids
-        num_top = self._asked.params.prompt_logprobs
         if output is not None and num_top is not None:
             entries = output.prompt_logprobs or []
             about["prompt_logprobs"] = prompt_logprobs(entries, self._state.engine.tokenizer, num_top)
         return about
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        generation = self._state.generation()
         with self._state.admission.stream():
+            pieces = self._turn.pieces(self._caller)
             try:
-                await generation.open(self._job, request_id=self._request_id, tenant=self._tenant)
-                async for prompt, output in generation.outputs():
-                    self._usage.add(prompt, output)
-                    for choice in output.outputs:
-                        for chunk in self._chunks(choice):
-                            yield event(self._envelope([chunk], **self._running_usage()))
+                async for piece in pieces:
+                    for chunk in self._chunks(piece):
+                        yield event(self._envelope([chunk], **self._running_usage()))
                 if self._asked.include_usage:
-                    yield event(self._envelope([], usage=self._usage.to_json()))
+                    yield event(self._envelope([], usage=self._turn.usage.to_json()))
             finally:
-                await generation.close()
+                await pieces.aclose()
 
     def _running_usage(self) -> dict[str, Any]:
         if self._asked.continuous_usage:
-            return {"usage": self._usage.to_json()}
+            return {"usage": self._turn.usage.to_json()}
         return {"usage": None} if self._asked.include_usage else {}
 
-    def _chunks(self, choice: CompletionOutput) -> list[dict[str, Any]]:
-        """The role first, then text as it comes; the reason of the end stands in the last chunk."""
+    def _chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        """The role first, then what comes; the reason of the end stands in the last chunk."""
         chunks = []
-        if choice.index not in self._begun:
-            self._begun.add(choice.index)
+        if piece.index not in self._begun:
+            self._begun.add(piece.index)
             delta = {"role": "assistant", "content": ""}
-            chunks.append({"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None})
+            chunks.append({"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": None})
         wanted = self._asked.return_token_ids or self._asked.params.logprobs is not None
-        if choice.delta_text or choice.finish_reason or (wanted and choice.delta_token_ids):
-            delta = {"content": choice.delta_text} if choice.delta_text else {}
-            chunks.append(self._choice(choice, {"delta": delta}, choice.delta_token_ids, choice.delta_logprobs))
+        if piece.delta or piece.finish_reason or (wanted and piece.token_ids):
+            chunks.append(self._choice(piece.index, {"delta": self._delta(piece)}, piece))
         return chunks
 
-    def _whole_choice(self, choice: CompletionOutput) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
-        return self._choice(choice, {"message": message}, choice.token_ids, choice.logprobs or [])
+    def _delta(self, piece: Piece) -> dict[str, Any]:
+        delta: dict[str, Any] = {}
+        if piece.delta.reasoning:
+            delta["reasoning_content"] = piece.delta.reasoning
+        if piece.delta.content:
+            delta["content"] = piece.delta.content
+        if piece.delta.calls:
+            delta["tool_calls"] = [self._call_delta(piece.index, call) for call in piece.delta.calls]
+        return delta
 
-    def _choice(
-        self, choice: CompletionOutput, said: dict[str, Any], token_ids: list[int], logprobs: list[Any]
-    ) -> dict[str, Any]:
-        made: dict[str, Any] = {"index": choice.index} | said
-        made |= {"logprobs": None, "finish_reason": choice.finish_reason}
-        num_top = self._asked.params.logprobs
-        if num_top is not None:
-            made["logprobs"] = chat_logprobs(logprobs, self._state.engine.tokenizer, num_top)
-        if choice.finish_reason is not None:
-            made["stop_reason"] = choice.stop_reason
+    def _call_delta(self, index: int, call: CallDelta) -> dict[str, Any]:
+        if call.name is None:
+            return {"index": call.index, "function": {"arguments": call.arguments}}
+        begun = self._turn.answers[index].calls[call.index]
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"index": call.index, "id": begun.id, "type": "function", "function": function}
+
+    def _whole_choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+        if answer.calls:
+            message["content"] = answer.content or None
+            message["tool_calls"] = [tool_call(call) for call in answer.calls]
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
+        return self._choice(index, {"message": message}, answer)
+
+    def _choice(self, index: int, said: dict[str, Any], what: Piece | Answer) -> dict[str, Any]:
+        made: dict[str, Any] = {"index": index} | said
+        made |= {"logprobs": self._logprobs(what.logprobs), "finish_reason": what.finish_reason}
+        if what.finish_reason is not None:
+            made["stop_reason"] = what.stop_reason
         if self._asked.return_token_ids:
-            made["token_ids"] = token_ids
+            made["token_ids"] = what.token_ids
         return made
+
+    def _logprobs(self, entries: list[TokenLogprob]) -> dict[str, Any] | None:
+        num_top = self._asked.params.logprobs
+        return None if num_top is None else chat_logprobs(entries, self._state.engine.tokenizer, num_top)

@@ -9,23 +9,24 @@ from fastapi import APIRouter, Request, Response
 
 from servekit.engine.output import CompletionOutput, RequestOutput
 from servekit.server.body import read_json
+from servekit.server.caller import Caller, caller_of
 from servekit.server.completions import read_completion
-from servekit.server.errors import json_response, request_id_of
+from servekit.server.errors import json_response
 from servekit.server.formats import CompletionLogprobs, Envelope, Usage, joined, prompt_logprobs
 from servekit.server.generation import Job
 from servekit.server.protocol import CompletionRequest
-from servekit.server.state import ServerState, state_of
-from servekit.server.streaming import EventStream, event, tenant_of, while_connected
+from servekit.server.state import ServerState, state_for_work
+from servekit.server.streaming import EventStream, event, while_connected
 
 router = APIRouter()
 
 
 @router.post("/v1/completions")
 async def completions(request: Request) -> Response:
-    state = state_of(request)
+    state = state_for_work(request)
     body = await read_json(request, state.config.limits)
     asked = read_completion(state.door, body, state.completion_checks)
-    answer = _Answer(state, asked, request_id_of(request), tenant_of(request))
+    answer = _Answer(state, asked, caller_of(request))
     if asked.stream:
         return EventStream(answer.events(), state.config.limits.stream_stall_s)
     return json_response(await while_connected(request.receive, answer.whole()))
@@ -34,13 +35,12 @@ async def completions(request: Request) -> Response:
 class _Answer:
     """One answer on its way: all choices of all prompts."""
 
-    def __init__(self, state: ServerState, asked: CompletionRequest, request_id: str, tenant: str) -> None:
+    def __init__(self, state: ServerState, asked: CompletionRequest, caller: Caller) -> None:
         self._state = state
         self._asked = asked
-        self._request_id = request_id
-        self._tenant = tenant
+        self._caller = caller
         self._tokenizer = state.engine.tokenizer
-        self._envelope = Envelope(f"cmpl-{request_id[4:]}", "text_completion", asked.model)
+        self._envelope = Envelope(f"cmpl-{caller.request_id[4:]}", "text_completion", asked.model)
         self._usage = Usage()
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice
         self._begun: set[int] = set()  # choices whose prompt has been echoed
@@ -54,7 +54,7 @@ class _Answer:
         generation = self._state.generation()
         latest: dict[int, tuple[RequestOutput, CompletionOutput]] = {}
         try:
-            await generation.open(self._job(), request_id=self._request_id, tenant=self._tenant)
+            await generation.open(self._job(), self._caller)
             async for prompt, output in generation.outputs():
                 self._usage.add(prompt, output)
                 for choice in output.outputs:
@@ -68,7 +68,7 @@ class _Answer:
         generation = self._state.generation()
         with self._state.admission.stream():
             try:
-                await generation.open(self._job(), request_id=self._request_id, tenant=self._tenant)
+                await generation.open(self._job(), self._caller)
                 async for prompt, output in generation.outputs():
                     self._usage.add(prompt, output)
                     for choice in output.outputs:

@@ -13,8 +13,8 @@ from servekit.server import fields as f
 from servekit.server.body import read_json
 from servekit.server.errors import json_response
 from servekit.server.protocol import check_body
-from servekit.server.routes.chat import render
 from servekit.server.state import ServerState, state_of
+from servekit.server.templates import ChatPrompt
 
 router = APIRouter()
 
@@ -26,8 +26,15 @@ async def tokenize(request: Request) -> Response:
     body = await read_json(request, state.config.limits)
     if "messages" in body:
         checked = check_body(state.door, body, _chat_checks(state), "messages")
-        variables = checked.get("chat_template_kwargs", {})
-        text = render(state, checked["messages"], checked.get("add_generation_prompt", True), variables)
+        text = await state.render(
+            ChatPrompt(
+                messages=checked["messages"],
+                tools=checked.get("tools") if state.chat_model.shows_tools else None,
+                add_generation_prompt=checked.get("add_generation_prompt", True),
+                variables=checked.get("chat_template_kwargs", {}),
+                source=checked.get("chat_template"),
+            )
+        )
     else:
         checked = check_body(state.door, body, _text_checks(state), "prompt")
         text = checked["prompt"]
@@ -64,6 +71,7 @@ def _chat_checks(state: ServerState) -> Mapping[str, f.Check]:
     names = (
         "model",
         "messages",
+        "tools",
         "add_generation_prompt",
         "add_special_tokens",
         "chat_template",

@@ -1,0 +1,217 @@
+"""What the server costs beside the model: many streams of a tiny one, ours and vLLM's in turn.
+
+The model is a Llama of one layer, 64 wide, with SmolLM2's tokenizer and vocabulary. Each stream is a completion of 128
+tokens over a connection of its own. Server CPU is that of all its processes. vLLM's CPU build stands beside where
+``make_peers.py vllm`` has made its environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from common import Report, arguments, interleaved
+from common_platform.embedded import smollm2
+from make_peers import PEERS, python_of
+
+STREAMS = (1, 16, 64, 128)
+TOKENS = 128
+START_LIMIT_S = 300.0
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+FIGURES = ("tokens_s", "cpu_us_a_token", "first_token_ms")
+
+
+def make_tiny(folder: Path) -> Path:
+    """Random weights in SmolLM2's vocabulary, with its tokenizer."""
+    import transformers
+
+    source = Path(smollm2())
+    vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        eos_token_id=0,
+        bos_token_id=1,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (source / name).exists():
+            (folder / name).write_bytes((source / name).read_bytes())
+    return folder
+
+
+class Server:
+    """A server in a process group of its own."""
+
+    def __init__(self, command: list[str], variables: dict[str, str] | None = None) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as found:
+            self.port = int(found.getsockname()[1])
+        self._process = subprocess.Popen(
+            [*command, "--port", str(self.port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | (variables or {}),
+            start_new_session=True,
+        )
+        self._wait()
+        self._turn = 0
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_LIMIT_S
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"the server ended with status {self._process.returncode}")
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        raise RuntimeError("the server did not start")
+
+    def run(self, streams: int) -> dict[str, float]:
+        """All figures of one round."""
+        self._turn += 1
+        before, start = self._cpu_s(), time.perf_counter()
+        firsts = asyncio.run(_ask(self.port, streams, self._turn))
+        taken, cpu = time.perf_counter() - start, self._cpu_s() - before
+        tokens = streams * TOKENS
+        return {
+            "tokens_s": tokens / taken,
+            "cpu_us_a_token": cpu / tokens * 1e6,
+            "first_token_ms": median(firsts) * 1e3,
+        }
+
+    def _cpu_s(self) -> float:
+        """Of every process in the server's session, those that have ended too."""
+        total = 0.0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if self._is_ours(int(stat.parent.name)):
+                total += sum(map(int, fields[11:15])) * TICK_S
+        return total
+
+    def _is_ours(self, pid: int) -> bool:
+        while pid > 1:
+            if pid == self._process.pid:
+                return True
+            try:
+                pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                return False
+        return False
+
+    def close(self) -> None:
+        os.killpg(self._process.pid, signal.SIGTERM)
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(20)
+
+
+async def _ask(port: int, streams: int, turn: int) -> list[float]:
+    return list(await asyncio.gather(*[_stream(port, f"{turn} words of number {i}") for i in range(streams)]))
+
+
+async def _stream(port: int, prompt: str) -> float:
+    """Seconds to the first token; raises unless the stream was whole."""
+    asked = {"model": "tiny", "prompt": prompt, "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
+    body = json.dumps(asked | {"temperature": 0, "stream_options": {"include_usage": True}}).encode()
+    start = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    writer.write(f"{head}\r\nConnection: close\r\n\r\n".encode() + body)
+    first, data = 0.0, bytearray()
+    while piece := await reader.read(65536):
+        data += piece
+        if not first and b"data:" in data:
+            first = time.perf_counter() - start
+    writer.close()
+    used = re.search(rb'"completion_tokens":\s*(\d+)', data)
+    if b"[DONE]" not in data or used is None or int(used[1]) != TOKENS:
+        raise RuntimeError(f"a stream was not whole: {bytes(data[-200:])!r}")
+    return first
+
+
+def start_ours(folder: Path) -> Server:
+    command = [sys.executable, "-m", "servekit.cli", "serve", str(folder), "--served-model-name", "tiny"]
+    return Server([*command, "--dtype", "float32", "--max-num-seqs", "128", "--log-level", "warning"])
+
+
+def start_vllm(python: Path, folder: Path) -> Server:
+    module = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "tiny"]
+    more = ["--dtype", "float32", "--max-num-seqs", "128", "--max-model-len", "512", "--enforce-eager"]
+    quiet = ["--disable-log-stats", "--uvicorn-log-level", "warning"]
+    return Server([str(python), *module, *more, *quiet], {"VLLM_CPU_KVCACHE_SPACE": "1"})
+
+
+def main() -> None:
+    options = arguments(__doc__).parse_args()
+    report = Report()
+    rounds = 3 if options.quick else 7
+    python = python_of("vllm")
+    with tempfile.TemporaryDirectory() as work:
+        folder = make_tiny(Path(work))
+        sides: dict[str, Server] = {"servekit": start_ours(folder)}
+        try:
+            if python is not None:
+                sides["vllm"] = start_vllm(python, folder)
+                report.peers["vllm"] = PEERS["vllm"]
+            for streams in STREAMS:
+                _compare(report, sides, streams, rounds)
+        finally:
+            for side in sides.values():
+                side.close()
+    report.finish(as_json=options.json)
+
+
+def _compare(report: Report, sides: dict[str, Server], streams: int, rounds: int) -> None:
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+
+    def once(name: str) -> float:
+        figures = sides[name].run(streams)
+        found[name].append(figures)
+        return figures["tokens_s"]
+
+    for side in sides.values():
+        side.run(streams)  # warm
+    interleaved({name: partial(once, name) for name in sides}, rounds)
+    middle = {name: {f: median(row[f] for row in rows) for f in FIGURES} for name, rows in found.items()}
+    for name, figures in middle.items():
+        for figure, value in figures.items():
+            report.figure(f"{name}_{streams}_streams_{figure}", value)
+    if "vllm" in middle:
+        ours, theirs = middle["servekit"], middle["vllm"]
+        at = f"at {streams} streams"
+        report.target(f"tokens/s over vLLM's {at}", ours["tokens_s"] / theirs["tokens_s"], ">=", 3.0)
+        report.target(f"CPU a token over vLLM's {at}", ours["cpu_us_a_token"] / theirs["cpu_us_a_token"], "<=", 1 / 3)
+        report.target(f"first token over vLLM's {at}", ours["first_token_ms"] / theirs["first_token_ms"], "<=", 1.0)
+
+
+if __name__ == "__main__":
+    main()

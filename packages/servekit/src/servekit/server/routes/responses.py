@@ -1,0 +1,177 @@
+"""``/v1/responses``: create, stream, retrieve, cancel, delete."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from common_platform.errors import PlatformError, RequestError
+from servekit.server.body import read_json
+from servekit.server.caller import Caller, caller_of
+from servekit.server.errors import body_of, internal_error, json_response
+from servekit.server.response_form import ResponseForm
+from servekit.server.response_store import RUNNING, Stored
+from servekit.server.responses import ResponseRequest, read_response
+from servekit.server.state import ServerState, state_for_work, state_of
+from servekit.server.streaming import EventStream, StreamForm, while_connected
+from servekit.server.turn import Turn
+
+router = APIRouter()
+log = logging.getLogger("servekit.server")
+Json = dict[str, Any]
+
+
+def _named(event: Json) -> bytes:
+    return b"event: " + event["type"].encode() + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
+
+
+def _error_event(body: Json) -> bytes:
+    about = {name: body["error"][name] for name in ("code", "message", "param")}
+    return _named({"type": "error", "sequence_number": 0} | about | body)
+
+
+FORM = StreamForm(done=b"", error=_error_event)
+
+
+@router.post("/v1/responses")
+async def create(request: Request) -> Response:
+    state, caller = state_for_work(request), caller_of(request)
+    body = await read_json(request, state.config.limits)
+    previous = body.get("previous_response_id")
+    said = _said(state, previous, caller.tenant) if isinstance(previous, str) else []
+    asked = read_response(state.door, state.chat_model, body, state.response_checks, state.chat_checks, said)
+    run = _Run(state, asked, await state.turn(asked.chat), caller)
+    if asked.background:
+        if asked.stream:
+            limit = "false with background: ask for the response by its id"
+            raise RequestError("stream", True, limit, code="unsupported")
+        return json_response(run.in_background())
+    if asked.stream:
+        return EventStream(run.events(), state.config.limits.stream_stall_s, FORM)
+    return json_response(await while_connected(request.receive, run.whole()))
+
+
+def _said(state: ServerState, response_id: str, tenant: str) -> list[Json]:
+    stored = state.responses.get(response_id, tenant, "previous_response_id")
+    if stored.response["status"] in RUNNING:
+        limit = "a response that has ended"
+        raise RequestError("previous_response_id", response_id, limit, code="conflict")
+    return [dict(message) for message in stored.messages]
+
+
+@router.get("/v1/responses/{response_id}")
+async def retrieve(request: Request, response_id: str) -> Response:
+    if request.query_params.get("stream", "false") == "true":
+        raise RequestError("stream", True, "false: what has been streamed is not kept", code="unsupported")
+    return json_response(state_of(request).responses.get(response_id, caller_of(request).tenant).response)
+
+
+@router.post("/v1/responses/{response_id}/cancel")
+async def cancel(request: Request, response_id: str) -> Response:
+    """End a response that runs in the background; one that has ended stays as it is."""
+    stored = state_of(request).responses.get(response_id, caller_of(request).tenant)
+    if not stored.response["background"]:
+        raise RequestError("response_id", response_id, "one made with background=true", code="conflict")
+    if stored.task is not None:
+        stored.task.cancel()
+        await asyncio.gather(stored.task, return_exceptions=True)
+    return json_response(state_of(request).responses.get(response_id, caller_of(request).tenant).response)
+
+
+@router.delete("/v1/responses/{response_id}")
+async def delete(request: Request, response_id: str) -> Response:
+    state_of(request).responses.delete(response_id, caller_of(request).tenant)
+    return json_response({"id": response_id, "object": "response", "deleted": True})
+
+
+class _Run:
+    """One response being made."""
+
+    def __init__(self, state: ServerState, asked: ResponseRequest, turn: Turn, caller: Caller) -> None:
+        self._state = state
+        self._asked = asked
+        self._turn = turn
+        self._caller = caller
+        self._form = ResponseForm(f"resp_{caller.request_id[4:]}", asked.about, turn)
+
+    async def whole(self) -> Json:
+        async for piece in self._turn.pieces(self._caller):
+            for _ in self._form.add(piece):
+                pass
+        self._store()
+        return self._form.to_json()
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        with self._state.admission.stream():
+            pieces = self._turn.pieces(self._caller)
+            has_begun = False
+            try:
+                async for piece in pieces:
+                    if not has_begun:
+                        has_begun = True
+                        for event in self._form.begin():
+                            yield _named(event)
+                    for event in self._form.add(piece):
+                        yield _named(event)
+                self._store()
+                yield _named(self._form.end())
+            finally:
+                await pieces.aclose()
+
+    def in_background(self) -> Json:
+        """Begin, and say under which id to ask for it."""
+        self._state.admission.check_room()
+        self._form.status = "queued"
+        stored = Stored(self._caller.tenant, self._form.to_json(), self._asked.said)
+        stored.task = asyncio.create_task(self._to_its_end(stored))
+        self._state.responses.put(stored)
+        return stored.response
+
+    async def _to_its_end(self, stored: Stored) -> None:
+        try:
+            self._form.status = "in_progress"
+            stored.response = self._form.to_json()
+            await self._turn_over()
+        except asyncio.CancelledError:
+            self._form.fail("cancelled")
+            raise
+        except PlatformError as error:
+            log.warning("request %s failed: %s", self._caller.request_id, error)
+            self._form.fail("failed", _short(body_of(error, self._caller.request_id)[1]))
+        except Exception:  # told to the operator; the caller finds it in the response
+            log.exception("request %s failed", self._caller.request_id)
+            self._form.fail("failed", _short(internal_error(self._caller.request_id)))
+        finally:
+            stored.task = None
+            if stored.size:  # it has not been deleted
+                self._store()
+
+    async def _turn_over(self) -> None:
+        async for piece in self._turn.pieces(self._caller):
+            for _ in self._form.add(piece):
+                pass
+
+    def _store(self) -> None:
+        if not self._asked.store:
+            return
+        answer = self._turn.answers.get(0)
+        message: Json = {"role": "assistant", "content": answer.content if answer else ""}
+        if answer is not None and answer.calls:
+            message["tool_calls"] = [_call(call.id, call.name, call.arguments) for call in answer.calls]
+        if answer is not None and answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
+        messages = [*self._asked.said, message]
+        self._state.responses.put(Stored(self._caller.tenant, self._form.to_json(), messages))
+
+
+def _call(call_id: str, name: str, arguments: str) -> Json:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _short(body: Json) -> Json:
+    return {"code": "server_error", "message": body["error"]["message"]}

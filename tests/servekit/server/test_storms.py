@@ -1,0 +1,189 @@
+"""Many at once, and much nonsense: minutes each, so run by ``nox -s slow``; a short storm runs always."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.servekit.server.processes import ServerProcess, wait_until
+from tests.servekit.server.rows import COMPLETIONS, completion
+
+GOOD = json.dumps(completion()).encode()
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def sturdy(tiny_model: Path) -> Iterator[ServerProcess]:
+    flags = ("--max-num-seqs", "8", "--max-queue", "16", "--max-engine-restarts", "1000", "--log-level", "error")
+    started = ServerProcess(tiny_model, *flags)
+    yield started
+    started.stop()
+
+
+def damaged(chance: random.Random) -> bytes:
+    """A good request with something wrong in it."""
+    data = bytearray(HEAD % len(GOOD) + GOOD)
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(data))
+        match chance.randrange(5):
+            case 0:
+                data[at] = chance.randrange(256)
+            case 1:
+                del data[at : at + chance.randint(1, 40)]
+            case 2:
+                data[at:at] = chance.randbytes(chance.randint(1, 20))
+            case 3:
+                data[at:at] = chance.choice(
+                    [b"\r\n", b"\r\n\r\n", b"\x00", b"Transfer-Encoding: chunked\r\n", b"HTTP/9.9"]
+                )
+            case _:
+                del data[at:]
+        if not data:
+            return b"\x00"
+    return bytes(data)
+
+
+def send(server: ServerProcess, data: bytes) -> int:
+    """The status of the answer; 0 where the connection was closed without one."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        try:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            answer = connection.recv(4096)
+        except (ConnectionResetError, BrokenPipeError):
+            return 0
+    return int(answer[9:12]) if answer.startswith(b"HTTP/1.1 ") else 0
+
+
+def storm(server: ServerProcess, count: int, seed: int) -> Counter[int]:
+    chance = random.Random(seed)
+    seen = Counter(send(server, damaged(chance)) for _ in range(count))
+    assert not seen[500], seen
+    assert server.engine() == server.engine_pid
+    assert httpx.post(f"{server.url}{COMPLETIONS}", json=completion(), timeout=20).status_code == 200
+    return seen
+
+
+def test_damaged_requests_are_answered_and_break_nothing(sturdy: ServerProcess) -> None:
+    seen = storm(sturdy, 400, seed=1)
+    assert seen[400] > 50
+    assert not any("Traceback" in line for line in sturdy.said)
+
+
+@pytest.mark.slow
+def test_twenty_thousand_damaged_requests(sturdy: ServerProcess) -> None:
+    print(json.dumps({"statuses": storm(sturdy, 20_000, seed=2)}))
+    assert not any("Traceback" in line for line in sturdy.said)
+
+
+async def post(server: ServerProcess, body: dict[str, Any]) -> tuple[int, dict[str, str], dict[str, Any]]:
+    """One request over a connection of its own: clients that keep many cost more than the server that is measured."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    data = json.dumps(body).encode()
+    writer.write(HEAD.replace(b"Host: x", b"Host: x\r\nConnection: close") % len(data) + data)
+    head, _, content = (await reader.read(-1)).partition(b"\r\n\r\n")
+    writer.close()
+    await writer.wait_closed()
+    lines = head.decode().split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+    return int(lines[0].split()[1]), headers, json.loads(content)
+
+
+async def overload(server: ServerProcess, callers: int, seconds: float) -> tuple[Counter[int], list[float], int]:
+    """Statuses, seconds of each refusal, and tokens of what was accepted."""
+    seen: Counter[int] = Counter()
+    refusals: list[float] = []
+    tokens = 0
+    end = time.monotonic() + seconds
+
+    async def caller() -> None:
+        nonlocal tokens
+        while time.monotonic() < end:
+            begun = time.monotonic()
+            status, headers, body = await post(server, completion(max_tokens=64, ignore_eos=True))
+            seen[status] += 1
+            if status == 200:
+                tokens += body["usage"]["completion_tokens"]
+            else:
+                refusals.append(time.monotonic() - begun)
+                assert body["error"]["code"] == "server_overloaded"
+                await asyncio.sleep(float(headers["retry-after"]))
+
+    await asyncio.gather(*[caller() for _ in range(callers)])
+    return seen, sorted(refusals), tokens
+
+
+def test_more_than_fits_is_refused_and_what_is_accepted_ends(sturdy: ServerProcess) -> None:
+    seen, refusals, _ = asyncio.run(overload(sturdy, 60, 3))
+    assert set(seen) == {200, 503}
+    assert refusals
+
+
+@pytest.mark.slow
+def test_overload_for_a_minute(sturdy: ServerProcess) -> None:
+    """24 places, 240 callers; goodput is beside that of 24 callers, who are never refused."""
+    calm, _, alone = asyncio.run(overload(sturdy, 24, 20))
+    seen, refusals, tokens = asyncio.run(overload(sturdy, 240, 60))
+    assert set(calm) == {200}
+    assert set(seen) == {200, 503}
+    figures = {"goodput": tokens / 60 / (alone / 20), "refusal_p99_ms": refusals[int(len(refusals) * 0.99)] * 1e3}
+    print(json.dumps(figures | {"statuses": seen}))
+    assert figures["goodput"] >= 0.9
+
+
+@pytest.mark.slow
+def test_fifty_kills(sturdy: ServerProcess) -> None:
+    chance = random.Random(7)
+    taken = []
+    for _ in range(50):
+        time.sleep(chance.random() * 0.5)
+        os.kill(sturdy.engine(), signal.SIGKILL)
+        killed = time.monotonic()
+        assert wait_until(lambda: httpx.get(f"{sturdy.url}/health").status_code == 503, 1)
+        assert wait_until(lambda: httpx.get(f"{sturdy.url}/health").status_code == 200, 10)
+        taken.append(time.monotonic() - killed)
+    print(json.dumps({"ready_again_s": {"median": sorted(taken)[25], "worst": max(taken)}}))
+    assert (
+        sum(b"servekit.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in sturdy.children()) == 1
+    )
+
+
+@pytest.mark.slow
+def test_five_hundred_streams_at_once(tiny_model: Path) -> None:
+    server = ServerProcess(tiny_model, "--max-num-seqs", "512", "--max-num-batched-tokens", "8192")
+    try:
+        print(json.dumps(asyncio.run(five_hundred(server))))
+    finally:
+        server.stop()
+
+
+async def five_hundred(server: ServerProcess) -> dict[str, float]:
+    """The longest pauses between two events of a stream, all of which must be whole."""
+    limits = httpx.Limits(max_connections=500)
+
+    async def one(client: httpx.AsyncClient, number: int) -> float:
+        body = completion(prompt=f"stream {number}", max_tokens=64, ignore_eos=True, stream=True)
+        longest, last, lines = 0.0, 0.0, []
+        async with client.stream("POST", COMPLETIONS, json=body) as response:
+            async for line in response.aiter_lines():
+                if line:
+                    now = time.monotonic()
+                    longest, last = max(longest, now - (last or now)), now
+                    lines.append(line)
+        assert lines[-1] == "data: [DONE]"
+        return longest
+
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+        pauses = sorted(await asyncio.gather(*[one(client, number) for number in range(500)]))
+    return {"median_s": pauses[250], "p99_s": pauses[494], "worst_s": pauses[-1]}
