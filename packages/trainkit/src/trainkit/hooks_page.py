@@ -11,10 +11,10 @@ HEAD = """# Hooks
 
 Made from `trainkit/hooks.py` by `python -m trainkit.hooks_page docs/hooks.md`; do not edit.
 
-The hooks are in the order in which a fit, and then an evaluation, calls them. Names, order and arguments are Lightning's, and a test
-records both libraries to hold that. A hook is called on the callbacks in their order and then on the module; those marked *data* are called on
-the data module where it has them. Arguments of callbacks follow `(self, trainer, pl_module)`. `dataloader_idx` is passed where there are
-several loaders.
+The hooks are in the order in which a fit, and then an evaluation, calls them. Names, order and arguments are
+Lightning's, and a test records both libraries to hold that. A hook is called on the callbacks in their order and then
+on the module; those in the column *data* on the data module, where it has them. Arguments of callbacks follow
+`(self, trainer, pl_module)`. `dataloader_idx` is passed where there are several loaders.
 
 - Callbacks that keep checkpoints come after the module, so that what they save is whole.
 - `EarlyStopping` and the like come after the module's `on_train_epoch_end`, so that they see what it logs.

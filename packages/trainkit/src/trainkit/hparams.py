@@ -29,8 +29,6 @@ class AttributeDict(dict[str, Any]):
 class HyperParameters:
     """``save_hyperparameters`` and ``hparams``, for modules and data modules."""
 
-    _hparams: AttributeDict
-
     @property
     def hparams(self) -> AttributeDict:
         """What ``save_hyperparameters`` kept."""

@@ -30,13 +30,19 @@ class TrainModule(HyperParameters, nn.Module):
     ``trainkit.hooks`` are methods that do nothing here, or what is usual.
     """
 
-    example_input_array: Any = None  # what ``to_onnx`` and ``to_torchscript`` trace with: a tensor, tuple or dict
+    __jit_unused_properties__ = (  # TorchScript compiles every other property
+        "trainer", "current_epoch", "global_step", "global_rank", "local_rank", "device", "dtype", "logger", "loggers",
+        "example_input", "hparams", "hparams_initial",
+    )  # fmt: skip
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.automatic_optimization = True
         self.strict_loading = True
+        if not hasattr(type(self), "example_input_array"):
+            self.example_input_array: Any = None  # what exporters trace with: a tensor, tuple or dict
         self._trainer: Trainer | None = None
+        self._is_exported = False  # exporters look at every property
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_trainer": None}  # a copy belongs to no Trainer
@@ -157,9 +163,9 @@ class TrainModule(HyperParameters, nn.Module):
         Raises:
             TrainingError: none does.
         """
-        if self._trainer is None:
+        if self._trainer is None and not self._is_exported:
             raise TrainingError("trainer", "none", "a call of Trainer.fit or Trainer.validate", code="no_trainer")
-        return self._trainer
+        return self._trainer  # type: ignore[return-value]
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:

@@ -554,6 +554,12 @@ class Trainer:
     def between_batches(self) -> None:
         """What is looked at after each training batch, when its state is whole."""
 
+    def agree_to_stop(self) -> None:
+        """All ranks stop where one wants to."""
+        if self.world_size > 1:
+            wish = torch.tensor(float(self.should_stop))
+            self.should_stop = bool(self.strategy.reduce(wish, "max") > 0)
+
     @property
     def hurries_to_end(self) -> bool:
         """Whether an evaluation ends early."""

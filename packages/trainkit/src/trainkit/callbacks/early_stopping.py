@@ -117,7 +117,8 @@ class EarlyStopping(Callback):
         else:
             self.wait_count += 1
         self.stopping_reason = self._reason(score)
-        if self.stopping_reason is not None:
+        stops = torch.tensor(float(self.stopping_reason is not None))
+        if trainer.strategy.reduce(stops, "max") > 0:  # all ranks stop where one does
             self.stopped_step, self.stopped_epoch = max(trainer.global_step, 1), trainer.current_epoch
             trainer.should_stop = True
             if self.verbose:

@@ -174,7 +174,7 @@ class ModelCheckpoint(Checkpoint):
         if not trainer.is_fitting or trainer.sanity_checking or trainer.global_step == self._saved_step:
             return
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
-        score = self._score(trainer)
+        score = trainer.strategy.broadcast_plain(self._score(trainer))
         if self.save_top_k and self._is_kept(score):
             path = self._path(trainer)
             self._kept[str(path)] = score

@@ -30,12 +30,15 @@ def export_torchscript(module: nn.Module, path: str | Path | None, method: str, 
     if method == "trace" and sample is None:
         raise ConfigError("example_inputs", None, "an input of forward, here or as example_input_array")
     modes = {layer: layer.training for layer in module.modules()}
+    trainer = module.__dict__.get("_trainer")
+    module.__dict__ |= {"_trainer": None, "_is_exported": True}
     module.eval()
     try:
         script = _make(module, method, sample, settings)
         if path is not None:
             _write(module, script, Path(path), sample)
     finally:
+        module.__dict__ |= {"_trainer": trainer, "_is_exported": False}
         for layer, training in modes.items():
             layer.training = training
     return script

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from common_platform.errors import PlatformError
+from common_platform.errors import CollectiveMismatch, PlatformError
 from trainkit.data import TrainLoader, set_rng_state
 from trainkit.hooks import user_error
 from trainkit.loop.evaluate import VALIDATION, evaluate
@@ -67,6 +67,20 @@ class FitLoop:
         self._group_left = 0  # micro-batches until the optimizer steps
         self._ahead: list[Any] = []  # a batch read ahead, to know which one is the last
         self._ended_early = False
+        self._ranks_may_differ = trainer.world_size > 1 and math.isinf(train.num_batches)
+        if trainer.world_size > 1:
+            self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        """Raises:
+        CollectiveMismatch: the ranks' loaders have different lengths, so that some would wait for ever.
+        """
+        lengths = self.trainer.strategy.gather_plain(str(self.num_batches))
+        if len(set(lengths)) > 1:
+            by_rank = ", ".join(f"rank {rank}: {length}" for rank, length in enumerate(lengths))
+            raise CollectiveMismatch(
+                "training loader", by_rank, "as many batches on every rank", flag="limit_train_batches"
+            )
 
     @property
     def progress(self) -> Progress:
@@ -139,14 +153,34 @@ class FitLoop:
             raise user_error("the training loader", at, error) from error
         return batch, False
 
+    def _next_on_all(self, batches: Iterator[Any]) -> tuple[Any, bool] | None:
+        """The next batch, or None where there is none.
+
+        Raises:
+            CollectiveMismatch: other ranks still have some, or none any more.
+        """
+        try:
+            found = self._next(batches)
+        except StopIteration:
+            found = None
+        if self._ranks_may_differ:
+            here = self.progress.batch + (found is not None) + len(self._ahead)
+            counts = self.trainer.strategy.gather_plain(here)
+            if len(set(counts)) > 1:
+                by_rank = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(counts))
+                raise CollectiveMismatch(
+                    "training loader", by_rank, "as many batches on every rank", flag="limit_train_batches"
+                )
+        return found
+
     def _batch(self, batches: Iterator[Any]) -> bool:
         """One micro-batch; False where the epoch ends before it."""
         trainer, progress = self.trainer, self.progress
-        try:
-            batch, is_last = self._next(batches)
-        except StopIteration:  # the loader gave less than its length
+        found = self._next_on_all(batches)
+        if found is None:  # the loader gave less than its length
             self._finish_group()
             return False
+        batch, is_last = found
         index = progress.batch
         batch = trainer.move(batch, 0)
         trainer.results.batch, trainer.results.in_batch = batch, True
@@ -229,6 +263,7 @@ class FitLoop:
             trainer.step_schedulers("epoch", progress.epoch + 1, plateau=True)
         trainer.log_metrics(results.take_means())
         progress.phase = EPOCH
+        trainer.agree_to_stop()
         trainer.call_last("on_train_epoch_end")
 
     # --- resuming ---

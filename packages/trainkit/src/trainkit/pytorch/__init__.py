@@ -4,7 +4,7 @@ from trainkit.callbacks.base import Callback
 from trainkit.data.module import DataModule as LightningDataModule
 from trainkit.data.seed import seed_everything
 from trainkit.module import TrainModule as LightningModule
-from trainkit.pytorch import callbacks, loggers, utilities
+from trainkit.pytorch import callbacks, loggers, strategies, utilities
 from trainkit.trainer import Trainer
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "callbacks",
     "loggers",
     "seed_everything",
+    "strategies",
     "utilities",
 ]

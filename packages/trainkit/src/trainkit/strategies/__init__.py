@@ -2,6 +2,7 @@
 
 from trainkit.strategies.base import Strategy
 from trainkit.strategies.choose import make_strategy
+from trainkit.strategies.ddp import DDPStrategy
 from trainkit.strategies.single import SingleDevice
 
-__all__ = ["SingleDevice", "Strategy", "make_strategy"]
+__all__ = ["DDPStrategy", "SingleDevice", "Strategy", "make_strategy"]
