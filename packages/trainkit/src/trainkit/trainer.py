@@ -388,9 +388,11 @@ class Trainer:
             )
         check_not_empty(loaders[0], "train")
         train = TrainLoader(loaders[0])
-        if "loader" in self._resumed:
-            train.load_state_dict(self._resumed.pop("loader"))
+        resumed = self._resumed.pop("loader", {})
+        if resumed:
+            train.load_state_dict(resumed)
         loop = FitLoop(self, train, self.loaders("validate") if self._validates() else [])
+        loop.resume_ahead(resumed.get("ahead"))
         if "fit" in self._resumed:
             loop.load_state_dict(self._resumed.pop("fit"))
         return loop
@@ -837,7 +839,9 @@ class Trainer:
         return self.fit_loop.state_dict() if self.fit_loop is not None else {}
 
     def loader_state(self) -> dict[str, Any]:
-        return self.fit_loop.train.state_dict() if self.fit_loop is not None else {"start": None}
+        if self.fit_loop is None:
+            return {"start": None, "ahead": None}
+        return {**self.fit_loop.train.state_dict(), "ahead": self.fit_loop.generators_before_ahead()}
 
     def resume_from(self, **state: Any) -> None:
         """What is put back when the loop begins: the generators, the loader's position, a group's gradients."""

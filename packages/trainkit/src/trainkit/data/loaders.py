@@ -69,7 +69,8 @@ class TrainLoader:
         return self._passed_over(skip)
 
     def _passed_over(self, skip: int) -> Iterator[Any]:
-        if type(self.loader) is DataLoader and self.loader.num_workers == 0 and self.loader.batch_sampler is not None:
+        plain = type(self.loader) is DataLoader and not isinstance(self.loader.dataset, IterableDataset)
+        if plain and self.loader.num_workers == 0 and self.loader.batch_sampler is not None:
             later = _Later(self.loader.batch_sampler)
             rest = iter(rebuilt(self.loader, batch_sampler=later))
             later.pass_over(skip)

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from common_platform.errors import CollectiveMismatch, PlatformError
-from trainkit.data import TrainLoader, set_rng_state
+from trainkit.data import TrainLoader, rng_state, set_rng_state
+from trainkit.data.seed import raw_rng_state
 from trainkit.hooks import user_error
 from trainkit.loop.evaluate import VALIDATION, evaluate
 from trainkit.loop.optimization import AutomaticOptimization, ManualOptimization
@@ -66,6 +67,8 @@ class FitLoop:
         self.optimization = AutomaticOptimization(trainer) if automatic else ManualOptimization(trainer)
         self._group_left = 0  # micro-batches until the optimizer steps
         self._ahead: list[Any] = []  # a batch read ahead, to know which one is the last
+        self._raw_before_ahead: Any = None  # generators when it was read
+        self._before_ahead: dict[str, Any] | None = None
         self._ended_early = False
         self._ranks_may_differ = trainer.world_size > 1 and math.isinf(train.num_batches)
         if trainer.world_size > 1:
@@ -126,10 +129,14 @@ class FitLoop:
     def _batches(self) -> Iterator[Any]:
         """The rest of the epoch; generators are put back after the loader has drawn from them."""
         batches = self.train.batches(self.progress.epoch, self.progress.batch)
+        self._ahead.clear()
+        if self.progress.batch and math.isinf(self.train.num_batches):
+            if self._before_ahead is not None:
+                set_rng_state(self._before_ahead)
+            self._ahead.extend(_one(batches))  # which was read before the state was saved
         state = self.trainer.take_rng_state()
         if state is not None:
             set_rng_state(state)
-        self._ahead.clear()
         return batches
 
     def _next(self, batches: Iterator[Any]) -> tuple[Any, bool]:
@@ -144,6 +151,7 @@ class FitLoop:
             if self.progress.batch + 1 == self.num_batches:
                 return batch, True
             if math.isinf(self.train.num_batches):
+                self._raw_before_ahead = raw_rng_state()
                 self._ahead.extend(_one(batches))
                 return batch, not self._ahead
         except (StopIteration, PlatformError):
@@ -267,6 +275,14 @@ class FitLoop:
         trainer.call_last("on_train_epoch_end")
 
     # --- resuming ---
+
+    def generators_before_ahead(self) -> dict[str, Any] | None:
+        """The generators' state when the batch ahead was read; of this rank."""
+        return rng_state(self._raw_before_ahead) if self._raw_before_ahead is not None else None
+
+    def resume_ahead(self, state: dict[str, Any] | None) -> None:
+        """Read the batch ahead with the generators in ``state``."""
+        self._before_ahead = state
 
     def state_dict(self) -> dict[str, Any]:
         """What of a group of micro-batches is not yet in the weights."""
