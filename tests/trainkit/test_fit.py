@@ -170,27 +170,6 @@ def test_precisions_train(tmp_path, precision):
     assert fit.callback_metrics["val_loss"] < 0.8 * before
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("precision", "8-true"),
-        ("accelerator", "abacus"),
-        ("strategy", "telepathy"),
-        ("devices", 3),
-        ("accumulate_grad_batches", 0),
-        ("gradient_clip_val", -1.0),
-        ("gradient_clip_algorithm", "hair"),
-        ("val_check_interval", 1.5),
-        ("limit_train_batches", -1),
-        ("max_steps", 0),
-        ("max_time", "soon"),
-    ],
-)
-def test_wrong_arguments_are_named(tmp_path, argument, value):
-    with pytest.raises(ConfigError, match=argument):
-        trainer(tmp_path, **{argument: value})
-
-
 def test_what_configure_optimizers_must_return_is_said(tmp_path):
     class Wrong(Regression):
         def configure_optimizers(self):

@@ -18,16 +18,17 @@ from trainkit.arguments import at_least, callbacks_from, in_order, limits_from, 
 from trainkit.callbacks.base import Callback
 from trainkit.callbacks.early_stopping import EarlyStopping
 from trainkit.callbacks.model_checkpoint import ModelCheckpoint
+from trainkit.callbacks.model_summary import ModelSummary
+from trainkit.callbacks.prediction_writer import BasePredictionWriter
 from trainkit.callbacks.progress import ProgressBar
 from trainkit.data.loaders import (
     TrainLoader,
     check_not_empty,
     for_rank,
     num_batches_of,
+    remembering,
     several,
-)
-from trainkit.data.loaders import (
-    in_order as unshuffled,
+    unshuffled,
 )
 from trainkit.data.module import DataModule
 from trainkit.data.seed import rng_state, set_rng_state
@@ -182,6 +183,8 @@ class Trainer:
             if not quiet
             else _without_keepers(callbacks, max_time, enable_progress_bar is not False and not barebones)
         )
+        if enable_model_summary and not any(isinstance(one, ModelSummary) for one in self.callbacks):
+            self.callbacks.insert(0, ModelSummary())
         self.loggers = [] if quiet else loggers_from(logger, self.default_root_dir)
         self.fast_dev_run = fast_dev_run
         self.barebones = barebones
@@ -300,7 +303,9 @@ class Trainer:
         """
         keep = return_predictions is not False
         with self._evaluation(PREDICTION, model, dataloaders, ckpt_path, datamodule) as loaders:
-            found = evaluate(self, PREDICTION, loaders, keep_outputs=keep)
+            writers = [one for one in self.callbacks if isinstance(one, BasePredictionWriter)]
+            kept = keep or any(writer.on_epoch for writer in writers)
+            found = evaluate(self, PREDICTION, loaders, keep_outputs=kept)
         return None if not keep else found[0] if len(found) == 1 else found
 
     def _evaluate(
@@ -308,7 +313,7 @@ class Trainer:
     ) -> list[dict[str, float]]:
         with self._evaluation(kind, model, dataloaders, ckpt_path, datamodule) as loaders:
             evaluate(self, kind, loaders)
-        found = _by_loader(self.evaluation_metrics, len(loaders))
+        found = _by_loader(self.evaluation_metrics, self.results.loader_of, len(loaders))
         if verbose and self.is_global_zero:
             print_metrics(kind.stage, found)
         return found
@@ -413,8 +418,12 @@ class Trainer:
             if self._use_distributed_sampler:
                 ranks = (self.strategy.rank, self.strategy.world_size)
                 made = [for_rank(one, *ranks, training=training) for one in made]
-            self._loaders[stage] = made
+            self._loaders[stage] = [remembering(one) for one in made] if stage == "predict" else made
         return self._loaders[stage]
+
+    def batch_indices(self, loader: int) -> list[list[int]] | None:
+        """The places in the dataset of the samples of each batch that was predicted, where they are known."""
+        return getattr(getattr(self.loaders("predict")[loader], "batch_sampler", None), "seen", None)
 
     def _find_loaders(self, stage: str) -> Any:
         if self._given.get(stage) is not None:
@@ -867,6 +876,7 @@ class Trainer:
         model.trainer = self
         if datamodule is not None:
             datamodule.trainer = self
+        self.results.clear()
         self._stage = stage
         self._doing = None if stage == "fit" else stage
         self._hooks = None
@@ -913,10 +923,6 @@ def _with_module_callbacks(callbacks: list[Callback], own: Any) -> list[Callback
     return [callback for callback in callbacks if type(callback) not in kinds] + added
 
 
-def _by_loader(metrics: dict[str, float], count: int) -> list[dict[str, float]]:
+def _by_loader(metrics: dict[str, float], loader_of: dict[str, int], count: int) -> list[dict[str, float]]:
     """The metrics of each loader, and in each those that belong to none."""
-    if count == 1:
-        return [metrics]
-    suffixes = [f"/dataloader_idx_{number}" for number in range(count)]
-    shared = {name: value for name, value in metrics.items() if not name.endswith(tuple(suffixes))}
-    return [{n: v for n, v in metrics.items() if n.endswith(suffix)} | shared for suffix in suffixes]
+    return [{n: v for n, v in metrics.items() if loader_of.get(n, number) == number} for number in range(count)]

@@ -93,3 +93,25 @@ class ProgressBar(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: TrainModule, exception: BaseException) -> None:
         self._stop()
+
+
+class TQDMProgressBar(ProgressBar):
+    """Our progress bar with the arguments of Lightning's, which are taken and not needed."""
+
+    def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
+        super().__init__()
+        self.refresh_rate = refresh_rate
+
+
+class RichProgressBar(ProgressBar):
+    """Our progress bar with the arguments of Lightning's, which are taken and not needed."""
+
+    def __init__(
+        self,
+        refresh_rate: int = 1,
+        leave: bool = False,
+        theme: Any = None,
+        console_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.refresh_rate = refresh_rate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ def load_ckpt(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointIncomplete("ckpt_path", path.name, "a checkpoint: a folder of ours, or a .ckpt file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kinds of pickles, which are refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ArtifactRefused(path.name, "a pickle with more than tensors and plain values", "weights only: load it "
                               "where you trust it, and save state_dict and hyper_parameters") from error  # fmt: skip

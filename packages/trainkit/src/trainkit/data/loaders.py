@@ -142,11 +142,36 @@ def for_rank(loader: Any, rank: int, world_size: int, *, training: bool) -> Any:
     return rebuilt(loader, sampler=sampler)
 
 
-def in_order(loader: Any) -> Any:
+def unshuffled(loader: Any) -> Any:
     """``loader`` without shuffling, for ``overfit_batches``: the same few batches each epoch."""
     if type(loader) is DataLoader and isinstance(loader.sampler, RandomSampler):
         return rebuilt(loader, sampler=SequentialSampler(loader.dataset))  # type: ignore[arg-type]
     return loader
+
+
+class Remembers(Sampler[Any]):
+    """A batch sampler that keeps the indices it gave."""
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+        self.seen: list[list[int]] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        self.seen.clear()
+        for indices in self._batches:
+            self.seen.append(list(indices))
+            yield indices
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+def remembering(loader: Any) -> Any:
+    """``loader`` with ``Remembers``, where it has a batch sampler."""
+    plain = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
+    if not plain or loader.batch_sampler is None:
+        return loader
+    return rebuilt(loader, batch_sampler=Remembers(loader.batch_sampler))
 
 
 def rebuilt(loader: DataLoader[Any], *, sampler: Any = None, batch_sampler: Any = None) -> DataLoader[Any]:

@@ -70,6 +70,7 @@ class Results:
         self.in_batch = False  # whether a value is of one step by default
         self.refused: str | None = None  # where nothing can be logged
         self.loader: int | None = None  # the number of the loader, where there are several
+        self.loader_of: dict[str, int] = {}  # what was logged for one of several loaders
         self.batch: Any = None
         self._callback: dict[str, Tensor] = {}
         self.logged_metrics: dict[str, Tensor] = {}
@@ -105,6 +106,8 @@ class Results:
         if entry is None:
             step = (self.in_batch and not self.evaluating) if on_step is None else on_step
             epoch = (self.evaluating or not self.in_batch) if on_epoch is None else on_epoch
+            if self.loader is not None:
+                self.loader_of |= {key: self.loader, f"{key}_epoch": self.loader}
             entry = entries[key] = _entry(name, step, epoch, prog_bar, logger, reduce, only_first_rank)
         if hasattr(value, "compute") and hasattr(value, "reset"):
             entry.metric = value
@@ -224,6 +227,7 @@ class Results:
     def start_evaluation(self) -> None:
         self.evaluating = True
         self._evaluation.clear()
+        self.loader_of.clear()
 
     def end_evaluation(self) -> None:
         self.evaluating, self.loader, self.batch = False, None, None
