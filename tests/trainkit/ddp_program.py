@@ -63,7 +63,34 @@ def trainer(**settings):
     return trainkit.Trainer(**(quiet | settings))
 
 
+def own_loop() -> dict:
+    """The same training by a loop of one's own; two micro-batches to a step."""
+    trainkit.seed_everything(3)
+    runtime = trainkit.Runtime(accelerator="cpu", devices=DEVICES)
+    runtime.launch()
+    model = torch.nn.Linear(4, 1)
+    model, optimizer = runtime.setup(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    loader = runtime.setup_dataloaders(DataLoader(dataset(64), 16 // RANKS))
+    for index, (x, y) in enumerate(loader):
+        with runtime.no_backward_sync(model, enabled=index % 2 == 0):
+            runtime.backward(torch.nn.functional.mse_loss(model(x), y) / 2)
+        if index % 2:
+            runtime.clip_gradients(model, optimizer, max_norm=0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    loss = runtime.all_reduce(torch.tensor(float(runtime.global_rank + 1)), "sum").item()
+    return {
+        "weights": torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(),
+        "metrics": {"ranks": loss, "told": runtime.broadcast(7 + runtime.global_rank)},
+        "steps": len(loader),
+        "world_size": runtime.world_size,
+        "rank": runtime.global_rank,
+    }
+
+
 def run(case: str) -> dict:
+    if case == "runtime":
+        return own_loop()
     trainkit.seed_everything(3)
     kinds = {"manual": lambda: Manual(), "weighted": lambda: Weighted(dropout=0.0), "dropout": lambda: Regression()}
     module = kinds.get(case, lambda: Regression(dropout=0.0 if case not in ("first", "resumed") else 0.2))()

@@ -14,7 +14,7 @@ import torch
 from tests.trainkit.tiny import child_environment
 
 PROGRAM = Path(__file__).parent / "ddp_program.py"
-CASES = ["plain", "accumulate", "clip", "manual", "weighted", "stop"]
+CASES = ["plain", "accumulate", "clip", "manual", "weighted", "stop", "runtime"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -58,6 +58,10 @@ def test_an_evaluation_counts_every_sample_once(one, two, case):
 def test_a_resumed_job_of_two_ranks_is_the_job(two):
     assert two["first"]["steps"] < two["resumed"]["steps"] == two["dropout"]["steps"]
     assert two["resumed"]["weights"] == two["dropout"]["weights"]
+
+
+def test_ranks_tell_each_other(two):
+    assert two["runtime"]["metrics"] == {"ranks": 3.0, "told": 7}
 
 
 def test_torchrun_starts_the_same_job(one, tmp_path):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trainkit.data.module import DataModule
     from trainkit.data.seed import seed_everything
     from trainkit.module import TrainModule
+    from trainkit.runtime import Runtime
     from trainkit.trainer import Trainer
 
     LightningDataModule = DataModule
@@ -24,6 +25,7 @@ _PUBLIC = {
     "DataModule": "trainkit.data.module:DataModule",
     "LightningDataModule": "trainkit.data.module:DataModule",
     "LightningModule": "trainkit.module:TrainModule",
+    "Runtime": "trainkit.runtime:Runtime",
     "TrainModule": "trainkit.module:TrainModule",
     "Trainer": "trainkit.trainer:Trainer",
     "callbacks": "trainkit.callbacks:",
@@ -36,6 +38,7 @@ __all__ = [
     "DataModule",
     "LightningDataModule",
     "LightningModule",
+    "Runtime",
     "TrainModule",
     "Trainer",
     "__version__",

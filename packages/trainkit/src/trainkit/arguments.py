@@ -111,7 +111,7 @@ def in_order(callbacks: list[Callback]) -> list[Callback]:
     folders = [str(c.dirpath) for c in callbacks if isinstance(c, ModelCheckpoint) and c.writes_all_names]
     for folder in folders:
         if folders.count(folder) > 1:
-            raise ConfigError("ModelCheckpoint.dirpath", folder, "a folder or a filename of its own for each")
+            raise ConfigError("ModelCheckpoint.dirpath", f"{Path(folder).name}, twice", "a folder of its own for each")
     return sorted(callbacks, key=lambda callback: callback.keeps_checkpoints)
 
 

@@ -36,6 +36,9 @@ class Precision:
         """The loss as it goes into backward."""
         return loss
 
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Make gradients true ones before ``step``, to look at or to clip."""
+
     def step(self, optimizer: Optimizer, closure: Closure, before_step: BeforeStep, **kwargs: Any) -> bool:
         """Run ``closure`` (forward and backward), then ``before_step`` with true gradients, then the optimizer's step.
 
@@ -108,16 +111,24 @@ class ScaledMixedPrecision(MixedPrecision):
     def __init__(self, device: torch.device, scaler: torch.amp.GradScaler | None = None) -> None:
         super().__init__("16-mixed", torch.float16)
         self.scaler = scaler or torch.amp.GradScaler(device.type)
+        self._unscaled: Optimizer | None = None
 
     def scaled(self, loss: Tensor) -> Tensor:
         return self.scaler.scale(loss)
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        if optimizer is not self._unscaled:
+            self.scaler.unscale_(optimizer)
+            self._unscaled = optimizer
 
     def step(self, optimizer: Optimizer, closure: Closure, before_step: BeforeStep, **kwargs: Any) -> bool:
         closure()
         if not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             return True  # the batch was skipped
         before = self.scaler.get_scale()
-        self.scaler.unscale_(optimizer)
+        if optimizer is not self._unscaled:
+            self.scaler.unscale_(optimizer)
+        self._unscaled = None
         before_step(optimizer)
         self.scaler.step(optimizer, **kwargs)
         self.scaler.update()

@@ -36,6 +36,10 @@ class Strategy(ABC):
     def setup(self, module: nn.Module, *, trains: bool) -> nn.Module:
         """Put ``module`` where it belongs; what is returned is what runs."""
 
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """``module`` where it belongs, for a loop of the user's own: what is returned is called."""
+        return module.to(self.device)
+
     @property
     @abstractmethod
     def module(self) -> nn.Module:

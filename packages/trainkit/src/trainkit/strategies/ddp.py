@@ -90,6 +90,10 @@ class DDPStrategy(Strategy):
             torch.distributed.broadcast(tensor.detach(), 0)
         return self._module
 
+    def wrap(self, module: nn.Module) -> nn.Module:
+        placed = module.to(self.device)
+        return placed if self.world_size == 1 else DistributedDataParallel(placed, **self._settings)
+
     def training_step(self, *arguments: Any) -> Any:
         if self._wrapped is None:
             return super().training_step(*arguments)
