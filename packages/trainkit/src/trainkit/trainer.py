@@ -42,6 +42,7 @@ from trainkit.loop.results import Results
 from trainkit.module import TrainModule
 from trainkit.optimizers import ManagedOptimizer, SchedulerSetup, understand
 from trainkit.precision import Precision, make_precision
+from trainkit.signals import EXIT_STATUS, heeding_sigterm
 from trainkit.stage import Stage
 from trainkit.strategies import Strategy, make_strategy
 from trainkit.table import print_metrics
@@ -246,7 +247,11 @@ class Trainer:
             self.call_last("on_fit_start")
             self._sanity_check()
             self.fit_loop = self._fit_loop()
-            with torch.autograd.set_detect_anomaly(self._detect_anomaly), self.stage("train"):
+            with (
+                torch.autograd.set_detect_anomaly(self._detect_anomaly),
+                self.stage("train"),
+                heeding_sigterm(self._hear_sigterm),
+            ):
                 self.fit_loop.run()
             self.call("on_fit_end")
             self.call_last("on_fit_end")
@@ -563,18 +568,29 @@ class Trainer:
         return bool(every) and (self.progress.log_step + 1) % every == 0
 
     def between_batches(self) -> None:
-        """What is looked at after each training batch, when its state is whole."""
+        """Called after each training batch and its validation, when the state is whole: ends the run after SIGTERM.
+
+        Raises:
+            SystemExit: with status 143, once a checkpoint is on disk, if one is kept at all.
+        """
+        received = self.received_sigterm
+        if self.world_size > 1:  # all ranks leave at once, so they ask each other, but not at every step
+            if self.progress.total_batches % max(self.log_every_n_steps, 1):
+                return
+            received = bool(self.strategy.reduce(torch.tensor(float(received)), "max") > 0)
+        if received:
+            if self.checkpoint_callback is not None:
+                self.checkpoint_callback.save_last_now(self)
+            raise SystemExit(EXIT_STATUS)
+
+    def _hear_sigterm(self) -> None:
+        self.received_sigterm = True
 
     def agree_to_stop(self) -> None:
         """All ranks stop where one wants to."""
         if self.world_size > 1:
             wish = torch.tensor(float(self.should_stop))
             self.should_stop = bool(self.strategy.reduce(wish, "max") > 0)
-
-    @property
-    def hurries_to_end(self) -> bool:
-        """Whether an evaluation ends early."""
-        return self.received_sigterm
 
     def without_gradients(self) -> Any:
         return inference(self._inference_mode)

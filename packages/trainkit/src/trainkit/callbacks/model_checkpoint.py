@@ -168,7 +168,13 @@ class ModelCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: TrainModule, exception: BaseException) -> None:
         if self.save_on_exception and trainer.is_fitting and trainer.global_step > max(self._saved_step, 0):
-            trainer.save_checkpoint(self._last(trainer))
+            self.save_last_now(trainer)
+
+    def save_last_now(self, trainer: Trainer) -> None:
+        """Save ``last`` as things stand, whatever is due; every rank must call it."""
+        self._saved_step = trainer.global_step
+        self.last_model_path = str(self._last(trainer))
+        trainer.save_checkpoint(self.last_model_path)
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.is_fitting or trainer.sanity_checking or trainer.global_step == self._saved_step:

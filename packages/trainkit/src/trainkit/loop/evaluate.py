@@ -105,8 +105,6 @@ def _loader(
         trainer.call_last(f"on_{kind.hooks}_batch_end", output, batch, index, *extra)
         if keep_outputs:
             yield output
-        if trainer.hurries_to_end:
-            return
 
 
 def _batches(trainer: Trainer, loader: Any) -> Iterator[Any]:

@@ -124,6 +124,7 @@ class FitLoop:
             if not self._batch(batches):
                 break
             self._after_batch()
+            trainer.between_batches()
         self._end_epoch()
 
     def _batches(self) -> Iterator[Any]:
@@ -212,7 +213,6 @@ class FitLoop:
             trainer.log_metrics(trainer.results.take_step())
         trainer.results.in_batch, trainer.results.batch = False, None
         trainer.call_last("on_train_batch_end", outputs, batch, index)
-        trainer.between_batches()
         return True
 
     def _finish_group(self) -> None:
@@ -235,6 +235,8 @@ class FitLoop:
 
     def _after_batch(self) -> None:
         trainer, progress = self.trainer, self.progress
+        if progress.phase == QUIET:
+            return
         if progress.phase == BATCH and self._validation_is_due():
             self.validate()
         if self._group_left == 0:
