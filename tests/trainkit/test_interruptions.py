@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -131,3 +132,31 @@ def test_a_checkpoint_in_the_middle_of_a_group_keeps_its_gradients(tmp_path):
     whole, resumed = weights([Saves()]), weights([], tmp_path / "middle")
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name])
+
+
+@pytest.mark.parametrize("at", [2, 5, 8])
+def test_metrics_of_torchmetrics_go_on_where_they_stood(tmp_path, at):
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    class WithMetric(Model):
+        def __init__(self):
+            super().__init__()
+            self.error = torchmetrics.MeanSquaredError()
+
+        def training_step(self, batch, batch_idx):
+            self.error(self.net(batch[0]), batch[1])
+            self.log("error", self.error, on_step=True, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.progress.total_batches == at:
+                trainer.save_checkpoint(tmp_path / "middle")
+
+    def error(callbacks, ckpt_path=None):
+        torch.manual_seed(3)
+        fit = trainer(tmp_path, max_epochs=1, callbacks=callbacks, enable_checkpointing=False)
+        fit.fit(WithMetric(), loader("shuffled"), DataLoader(dataset(12, 1), 4), ckpt_path=ckpt_path)
+        return fit.callback_metrics["error_epoch"]
+
+    assert torch.equal(error([Saves()]), error([], tmp_path / "middle"))

@@ -116,6 +116,7 @@ class HookCaller:
         self._own: dict[str, Callable[..., Any] | None] = {}
         self._watching: dict[str, list[Callable[..., Any]]] = {}
         self._last: dict[str, list[Callable[..., Any]]] = {}
+        self._silent: set[str] = set()  # hooks that ``call`` finds nobody for
         callback_base, module_base = bases
         for name in CALLED:
             found = [(c, _written(c, callback_base, name)) for c in callbacks]
@@ -126,6 +127,8 @@ class HookCaller:
             chosen = set(map(id, self._watching[name] + self._last[name]))
             self._first[name] = [m for _, m in written if id(m) not in chosen]
             self._own[name] = _written(module, module_base, name) if BY_NAME[name].module is not None else None
+            if not self._first[name] and not self._watching[name] and self._own[name] is None:
+                self._silent.add(name)
 
     def call(self, name: str, *args: Any, **named: Any) -> Any:
         """Call a hook on the callbacks, then on the module; what the module's returned. Not on keepers of checkpoints.
@@ -133,6 +136,8 @@ class HookCaller:
         Raises:
             UserCodeError: the hook raised; the exception is its cause.
         """
+        if name in self._silent:
+            return None
         first = self._first.get(name)
         if first is None:
             raise ConfigError("hook", name, "a hook of trainkit.hooks that callbacks have")
@@ -152,6 +157,8 @@ class HookCaller:
 
     def call_last(self, name: str, *args: Any, **named: Any) -> None:
         """Call a hook on the callbacks that keep checkpoints."""
+        if not self._last[name]:
+            return
         method: Any = None
         try:
             for method in self._last[name]:

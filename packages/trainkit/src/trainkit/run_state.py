@@ -12,6 +12,7 @@ from common_platform.errors import CheckpointError, CheckpointWorldSizeError
 from trainkit.checkpoint.tree import join, split
 from trainkit.data.seed import rng_state
 from trainkit.loop.fit import Progress
+from trainkit.metric_states import load_metric_states, metric_states, name_of
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
@@ -43,7 +44,8 @@ def dump(trainer: Trainer, *, weights_only: bool = False) -> dict[str, Any]:
         state["precision"] = trainer.precision_plugin.state_dict()
         state["callbacks"] = {c.state_key: saved for c in trainer.callbacks if (saved := c.state_dict())}
         state["loggers"] = [logger.state_dict() for logger in trainer.loggers]
-        state["results"] = trainer.results.state_dict()
+        state["results"] = trainer.results.state_dict(lambda metric: name_of(module, metric))
+        state["metric_states"] = metric_states(module)
         state["ranks"] = _of_ranks(trainer)
         if trainer.datamodule is not None and (saved := trainer.datamodule.state_dict()):
             state[type(trainer.datamodule).__qualname__] = saved
@@ -88,7 +90,8 @@ def load_after_setup(trainer: Trainer, state: Mapping[str, Any]) -> None:
     trainer.precision_plugin.load_state_dict(state["precision"])
     for logger, saved in zip(trainer.loggers, state["loggers"], strict=False):
         logger.resume(saved)
-    trainer.results.load_state_dict(state["results"])
+    trainer.results.load_state_dict(state["results"], dict(trainer.module.named_modules()))
+    load_metric_states(trainer.module, state["metric_states"])
     trainer.progress = Progress.resumed(state["loops"]["progress"])
     _load_rank(trainer, state)
 

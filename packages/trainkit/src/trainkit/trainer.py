@@ -214,6 +214,7 @@ class Trainer:
         self._transfers: list[Any] | None = None
         self._modes: dict[Any, bool] = {}
         self._resumed: dict[str, Any] = {}
+        self._clips = False  # whether the module clips in a way of its own
         self._overflows = 0  # steps in a row that were skipped
         self._own_callbacks = self.callbacks
 
@@ -465,11 +466,11 @@ class Trainer:
 
     def call(self, hook: str, *args: Any, **named: Any) -> Any:
         """Call a hook on the callbacks in their order, then on the module; what the module's returned."""
-        return self.hooks.call(hook, *args, **named)
+        return (self._hooks or self.hooks).call(hook, *args, **named)
 
     def call_last(self, hook: str, *args: Any, **named: Any) -> None:
         """Call a hook on the callbacks that keep checkpoints, when everything else is done."""
-        self.hooks.call_last(hook, *args, **named)
+        (self._hooks or self.hooks).call_last(hook, *args, **named)
 
     def call_each(self, hook: str, *args: Any, **named: Any) -> list[Exception]:
         """Call a hook on all, whoever raises; what was raised."""
@@ -506,9 +507,9 @@ class Trainer:
     def _before_step(self, optimizer: Optimizer) -> None:
         automatic = self.module.automatic_optimization and self.fit_loop is not None
         if automatic:
-            self.fit_loop.optimization.group.finish(parameters_of(optimizer))  # type: ignore[union-attr]
+            self.fit_loop.optimization.group.finish(optimizer)  # type: ignore[union-attr]
         self.call("on_before_optimizer_step", optimizer)
-        if automatic:
+        if automatic and (self.gradient_clip_val or self._clips):
             value, algorithm = self.gradient_clip_val, self.gradient_clip_algorithm
             self.module.configure_gradient_clipping(
                 optimizer, gradient_clip_val=value, gradient_clip_algorithm=algorithm
@@ -898,6 +899,7 @@ class Trainer:
         self._hooks = None
         self.callbacks = in_order(_with_module_callbacks(self._own_callbacks, model.configure_callbacks()))
         self._transfers = self._find_transfers()
+        self._clips = any(is_written(model, TrainModule, n) for n in ("configure_gradient_clipping", "clip_gradients"))
 
     def leave_stage(self) -> None:
         self._stage = self._doing = None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from common_platform.errors import TrainingError
 
@@ -44,14 +44,15 @@ class Group:
         self._shares += share
         return loss if share == 1.0 else loss * share
 
-    def finish(self, parameters: Iterable[Tensor]) -> None:
+    def finish(self, optimizer: Optimizer) -> None:
         """Divide out what was not known when losses were scaled."""
-        if not self._seen:
+        if not self._seen or (self._seen == self.expected and not self._unit):
             return
         factor = self.expected / self._seen
         if self._unit:
             factor = 1.0 / (self._mean_over_ranks(self._shares) or 1.0)
         if factor != 1.0:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
 
     def _mean_over_ranks(self, value: float) -> float:

@@ -40,14 +40,13 @@ class Optimization:
 
     def watch(self, loss: Tensor) -> None:
         """Refuse a loss that is not finite: on the CPU at once, elsewhere when rows are logged or state is saved."""
+        if loss.is_cpu and math.isfinite(loss.item()):
+            return
         trainer = self.trainer
         where = f"step {trainer.global_step}, batch {trainer.progress.batch}, rank {trainer.global_rank}"
-        if loss.device.type == "cpu":
-            value = loss.item()
-            if not math.isfinite(value):
-                raise _not_finite(value, where)
-            return
-        self._waiting.append((loss.detach(), where))
+        self._waiting.append((loss, where))
+        if loss.is_cpu:
+            self.look()
 
     def look(self) -> None:
         """Look at the losses that wait.
@@ -105,10 +104,11 @@ class AutomaticOptimization(Optimization):
         trainer = self.trainer
         loss, weight, extra = loss_of(self.training_step(batch, index))
         if loss is not None:
-            trainer.last_loss = loss.detach()
-            self.watch(trainer.last_loss)
-            loss = self.group.scaled(loss, weight)
-            extra = {"loss": loss.detach(), **extra}
+            trainer.last_loss = plain = loss.detach()
+            self.watch(plain)
+            scaled = self.group.scaled(loss, weight)
+            extra = {"loss": plain if scaled is loss else scaled.detach(), **extra}
+            loss = scaled
         self._count_skipped(loss)
         if is_first:
             self._zero_grad(index)

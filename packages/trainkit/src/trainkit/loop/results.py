@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,7 @@ class Results:
         if hasattr(value, "compute") and hasattr(value, "reset"):
             entry.metric = value
             if entry.on_step and value._forward_cache is not None:
-                entry.value, entry.is_new, entry.is_due = value._forward_cache, True, True
+                entry.value, entry.is_new, entry.is_due = _number(value._forward_cache), True, True
             return
         if not isinstance(value, Tensor):
             value = torch.tensor(value, dtype=torch.get_default_dtype())
@@ -234,18 +234,23 @@ class Results:
 
     # --- resuming ---
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, name_of_metric: Callable[[Any], str | None]) -> dict[str, Any]:
         """The sums of the epoch that is under way, so that a resumed one has the same means."""
         self._publish_steps()
         return {
-            "training": {name: _saved(entry) for name, entry in self._training.items() if entry.metric is None},
+            "training": {name: _saved(entry, name_of_metric) for name, entry in self._training.items()},
             "callback_metrics": dict(self._callback),
             "progress_bar_metrics": dict(self._progress_bar),
             "logged_metrics": dict(self.logged_metrics),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._training = {name: Entry(**fields) for name, fields in state["training"].items()}
+    def load_state_dict(self, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` found; ``metrics`` are the module's parts by their names."""
+        self._training = {
+            name: Entry(**fields | {"metric": metrics.get(fields["metric"])})
+            for name, fields in state["training"].items()
+            if fields["metric"] is None or fields["metric"] in metrics
+        }
         self._callback = dict(state["callback_metrics"])
         self._progress_bar = dict(state["progress_bar_metrics"])
         self.logged_metrics = dict(state["logged_metrics"])
@@ -282,5 +287,6 @@ def _entry(
     return Entry(on_step, on_epoch, prog_bar, logger, reduce, only_first_rank)
 
 
-def _saved(entry: Entry) -> dict[str, Any]:
-    return {name: getattr(entry, name) for name in Entry.__slots__ if name != "metric"}
+def _saved(entry: Entry, name_of_metric: Callable[[Any], str | None]) -> dict[str, Any]:
+    saved = {name: getattr(entry, name) for name in Entry.__slots__}
+    return saved | {"metric": None if entry.metric is None else name_of_metric(entry.metric)}
