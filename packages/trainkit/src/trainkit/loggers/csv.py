@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainkit.loggers.base import Logger
+from trainkit.loggers.versions import version_folder
 
 
 class CSVLogger(Logger):
@@ -32,7 +33,7 @@ class CSVLogger(Logger):
     ) -> None:
         root = Path(save_dir, name or "")
         self.save_dir, self._name, self._prefix = str(save_dir), name, prefix
-        self._folder = root / _version(root, version)
+        self._folder = root / version_folder(root, version)
         self._flush_every = flush_logs_every_n_steps
         self._columns: list[str] = ["step"]
         self._rows: list[dict[str, Any]] = []
@@ -109,12 +110,3 @@ class CSVLogger(Logger):
             writer.writeheader()
             writer.writerows(rows)
         temporary.replace(self._path)
-
-
-def _version(root: Path, version: int | str | None) -> str:
-    if isinstance(version, int):
-        return f"version_{version}"
-    if version is not None:
-        return version
-    taken = [int(p.name.removeprefix("version_")) for p in root.glob("version_*") if p.name[8:].isdigit()]
-    return f"version_{max(taken, default=-1) + 1}"
