@@ -28,7 +28,7 @@ BESIDE = {  # what a peer's driver needs besides the peer
     "transformers": ["accelerate", "safetensors", TORCH],
     "llama-cpp": ["numpy", "gguf", "sentencepiece", "transformers", TORCH],  # to convert the model
     "openvino": ["optimum-intel[openvino]", "openvino-tokenizers", TORCH],
-    "lightning": [TORCH],
+    "lightning": ["msgspec", "safetensors", "rich", TORCH],  # what trainkit needs, to run beside it
     "accelerate": [TORCH],
 }
 NEEDLESS = {"torch", "torchvision", "torchaudio", "torchcodec"}  # torch is pinned; the others fit no CPU build of it
@@ -50,6 +50,7 @@ def make(peer: str) -> None:
         _install_without_extras_of_torch(home, PEERS[peer])
     else:
         _pip(home, "install", PEERS[peer], *BESIDE[peer])
+        _pip(home, "uninstall", "--yes", "torchvision")  # it fits no CPU build of torch, and is imported where it is
     (home / "ready").touch()
     print(f"{peer}: made")
 

@@ -10,9 +10,8 @@ import subprocess
 import sys
 import termios
 import time
-from pathlib import Path
 
-from tests.trainkit.tiny import Regression, loaders, trainer
+from tests.trainkit.tiny import Regression, child_environment, loaders, trainer
 
 from trainkit.callbacks import ProgressBar
 
@@ -43,7 +42,7 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, capfd):
 def test_control_c_gives_the_terminal_back_as_it_was(tmp_path):
     ours, theirs = pty.openpty()
     before = termios.tcgetattr(theirs)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm", "COLUMNS": "100"}
+    environment = child_environment(TERM="xterm", COLUMNS="100")
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(tmp_path)], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
     )

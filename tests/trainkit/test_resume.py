@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.trainkit.tiny import Regression, loaders, trainer
+from tests.trainkit.tiny import Regression, child_environment, loaders, trainer
 
 from common_platform import errors
 from trainkit import checkpoint
@@ -29,7 +28,7 @@ def fit(root: Path, stop_after: int | None = None, *, resume: bool = False, accu
 
     class Dies(Callback):
         def on_before_optimizer_step(self, trainer, module, optimizer):
-            if stop_after is not None and trainer.global_step > stop_after:
+            if stop_after is not None and trainer.global_step >= stop_after:
                 raise KeyboardInterrupt
 
     torch.manual_seed(3)
@@ -79,8 +78,7 @@ test_resume.fit(Path(sys.argv[1]), resume=len(sys.argv) > 2)
 
 def run_child(root: Path, *more: str, kill_at: int | None = None) -> int:
     command = [sys.executable, "-c", CHILD, str(root), *more]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=child_environment())
     try:
         for line in process.stdout:
             if kill_at is not None and int(line) >= kill_at:
@@ -203,9 +201,10 @@ trainer(Path(sys.argv[1]), max_epochs=100, callbacks=[Slow(), ModelCheckpoint(sa
 
 
 def test_control_c_ends_cleanly_and_saves_when_asked(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=child_environment()
+    )
     try:
         assert process.stdout.readline() == "step\n"
         process.send_signal(signal.SIGINT)
@@ -214,5 +213,5 @@ def test_control_c_ends_cleanly_and_saves_when_asked(tmp_path):
         process.kill()
     assert process.returncode == -signal.SIGINT
     assert rest.split()[-1] == "KeyboardInterrupt"
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last"]
-    assert checkpoint.load(tmp_path / "checkpoints" / "last")[1]["global_step"] >= 1
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.ckpt")[1]["global_step"] >= 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,3 +49,9 @@ def loaders(batch_size: int = 8, count: int = 64) -> tuple[Any, Any]:
 def trainer(root: Any, **settings: Any) -> trainkit.Trainer:
     quiet = {"enable_progress_bar": False, "num_sanity_val_steps": 0, "accelerator": "cpu", "log_every_n_steps": 1}
     return trainkit.Trainer(default_root_dir=root, **(quiet | settings))
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """The environment of a process that imports these tests."""
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path} | more

@@ -1,49 +1,204 @@
 """Every hook: its name, its arguments, and when it is called. The table is the contract; docs/hooks.md is made from it.
 
-A hook is called on the callbacks in their order, checkpoints last, and then on the module, if it has one of that name.
+A hook is called on the callbacks in their order and then on the module. Callbacks that keep checkpoints come after the
+module, so that what they save is whole; those that watch a metric (``EarlyStopping``) come after the module's
+``on_train_epoch_end``, so that they see what it logs.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from common_platform.errors import ConfigError, PlatformError, UserCodeError
+
+BATCH = ("batch", "batch_idx")
+ANY_BATCH = ("batch", "batch_idx", "dataloader_idx")  # dataloader_idx is passed where there are several loaders
+OUTPUTS = ("outputs", "batch", "batch_idx")
+ANY_OUTPUTS = ("outputs", "batch", "batch_idx", "dataloader_idx")
+TRANSFER = ("batch", "dataloader_idx")
 
 
 class Hook(NamedTuple):
-    """``callback_args`` follow (trainer, module); ``module_args`` are what the module's own method takes."""
+    """``callback`` arguments follow (trainer, pl_module); None: such an object has no hook of that name."""
 
     name: str
-    callback_args: tuple[str, ...]
-    module_args: tuple[str, ...] | None  # None: callbacks only
+    callback: tuple[str, ...] | None
+    module: tuple[str, ...] | None
+    data: tuple[str, ...] | None
     when: str
 
 
+def _evaluation(stage: str, step: str) -> list[Hook]:
+    """The hooks of validation, test or prediction, which differ in their names only."""
+    on = f"on_{stage}"
+    return [
+        Hook(f"{on}_model_eval", None, (), None, "puts the module in eval mode"),
+        Hook(f"{on}_start", (), (), None, f"before the first batch of {step}"),
+        Hook(f"{on}_epoch_start", (), (), None, f"after {on}_start"),
+        Hook(f"{on}_batch_start", ANY_BATCH, ANY_BATCH, None, f"before {step}"),
+        Hook(f"{on}_batch_end", ANY_OUTPUTS, ANY_OUTPUTS, None, f"after {step}"),
+        Hook(f"{on}_epoch_end", (), (), None, "after the last batch; means of it can be read"),
+        Hook(f"{on}_end", (), (), None, "when everything is logged"),
+        Hook(f"{on}_model_train", None, (), None, "puts every layer back in the mode it had"),
+    ]
+
+
 HOOKS: tuple[Hook, ...] = (
-    Hook("setup", ("stage",), ("stage",), "before anything else, once a call of fit or validate"),
-    Hook("configure_model", (), None, "on the module only: the place to make large layers"),
-    Hook("on_fit_start", (), (), "once the module is on its device"),
-    Hook("on_sanity_check_start", (), None, "before the few validation batches that fit begins with"),
-    Hook("on_sanity_check_end", (), None, "after them"),
-    Hook("on_train_start", (), (), "before the first epoch, after a checkpoint was loaded"),
-    Hook("on_train_epoch_start", (), (), "before the first batch of an epoch"),
-    Hook("on_train_batch_start", ("batch", "batch_idx"), ("batch", "batch_idx"), "before training_step"),
-    Hook("on_before_backward", ("loss",), ("loss",), "before gradients are computed"),
-    Hook("on_after_backward", (), (), "after gradients were computed, before they are clipped"),
-    Hook("on_before_optimizer_step", ("optimizer",), ("optimizer",), "after clipping, before the step"),
-    Hook("on_before_zero_grad", ("optimizer",), ("optimizer",), "after the step"),
-    Hook("on_train_batch_end", ("outputs", "batch", "batch_idx"), ("outputs", "batch", "batch_idx"), "after a batch"),
-    Hook("on_train_epoch_end", (), (), "after the last batch of an epoch and its validation"),
-    Hook("on_validation_start", (), (), "before validation, the module in eval mode"),
-    Hook("on_validation_epoch_start", (), (), "after on_validation_start"),
-    Hook("on_validation_batch_start", ("batch", "batch_idx"), ("batch", "batch_idx"), "before validation_step"),
-    Hook("on_validation_batch_end", ("outputs", "batch", "batch_idx"), ("outputs", "batch", "batch_idx"), "after it"),
-    Hook("on_validation_epoch_end", (), (), "after the last validation batch, before means are taken"),
-    Hook("on_validation_end", (), (), "when the validation metrics are there"),
-    Hook("on_save_checkpoint", ("checkpoint",), ("checkpoint",), "the state about to be saved; may be added to"),
-    Hook("on_load_checkpoint", ("checkpoint",), ("checkpoint",), "the state that was loaded"),
-    Hook("on_train_end", (), (), "after the last epoch"),
-    Hook("on_exception", ("exception",), None, "when fit or validate is left by an exception, Ctrl-C included"),
-    Hook("on_fit_end", (), (), "after on_train_end"),
-    Hook("teardown", ("stage",), ("stage",), "at the very end, also after an exception"),
-)
-HOOK_NAMES = frozenset(hook.name for hook in HOOKS)
-ON_MODULE = frozenset(hook.name for hook in HOOKS if hook.module_args is not None)
+    Hook("configure_callbacks", None, (), None, "more callbacks, of the module's own"),
+    Hook("prepare_data", None, (), (), "download and the like; once a machine, on its first rank"),
+    Hook("setup", ("stage",), ("stage",), ("stage",), "on every rank, before the model is placed"),
+    Hook("configure_model", None, (), None, "the place to make large layers"),
+    Hook("on_load_checkpoint", ("checkpoint",), ("checkpoint",), None, "the state that was loaded"),
+    Hook("configure_optimizers", None, (), None, "optimizers and schedulers; in fit only"),
+    Hook("on_fit_start", (), (), None, "once the module is on its device"),
+    Hook("on_sanity_check_start", (), None, None, "before the few validation batches that fit begins with"),
+    Hook("on_sanity_check_end", (), None, None, "after them"),
+    Hook("train_dataloader", None, (), (), "the training batches, where fit was given none"),
+    Hook("val_dataloader", None, (), (), "the validation batches, or several loaders of them"),
+    Hook("test_dataloader", None, (), (), "the batches of test"),
+    Hook("predict_dataloader", None, (), (), "the batches of predict"),
+    Hook("on_train_start", (), (), None, "before the first epoch"),
+    Hook("on_train_epoch_start", (), (), None, "before the first batch of an epoch"),
+    Hook("on_before_batch_transfer", None, TRANSFER, TRANSFER, "the batch as the loader made it; returns a batch"),
+    Hook("transfer_batch_to_device", None, ("batch", "device", "dataloader_idx"), ("batch", "device", "dataloader_idx"),
+         "moves it; returns a batch"),
+    Hook("on_after_batch_transfer", None, TRANSFER, TRANSFER, "the batch on the device; returns a batch"),
+    Hook("on_train_batch_start", BATCH, BATCH, None, "before training_step; -1 from the module's ends the epoch"),
+    Hook("optimizer_step", None, ("epoch", "batch_idx", "optimizer", "optimizer_closure"), None,
+         "makes the step; the closure runs all hooks from training_step to configure_gradient_clipping"),
+    Hook("on_before_zero_grad", ("optimizer",), ("optimizer",), None, "after training_step, before gradients go"),
+    Hook("optimizer_zero_grad", None, ("epoch", "batch_idx", "optimizer"), None, "lets gradients go"),
+    Hook("on_before_backward", ("loss",), ("loss",), None, "before gradients are computed"),
+    Hook("backward", None, ("loss",), None, "computes gradients"),
+    Hook("on_after_backward", (), (), None, "after gradients were computed, before they are unscaled"),
+    Hook("on_before_optimizer_step", ("optimizer",), ("optimizer",), None, "gradients unscaled, not clipped yet"),
+    Hook("configure_gradient_clipping", None, ("optimizer", "gradient_clip_val", "gradient_clip_algorithm"), None,
+         "clips gradients"),
+    Hook("lr_scheduler_step", None, ("scheduler", "metric"), None, "lets a scheduler make its step"),
+    Hook("on_train_batch_end", OUTPUTS, OUTPUTS, None, "after a batch"),
+    Hook("on_validation_model_zero_grad", None, (), None, "frees gradients before validation inside fit"),
+    *_evaluation("validation", "validation_step"),
+    *_evaluation("test", "test_step"),
+    *_evaluation("predict", "predict_step"),
+    Hook("on_train_epoch_end", (), (), None, "after the last batch of an epoch and its validation"),
+    Hook("on_save_checkpoint", ("checkpoint",), ("checkpoint",), None, "the state about to be saved; may be added to"),
+    Hook("on_train_end", (), (), None, "after the last epoch"),
+    Hook("on_exception", ("exception",), None, ("exception",), "when a stage is left by an exception, Ctrl-C included"),
+    Hook("on_fit_end", (), (), None, "after on_train_end"),
+    Hook("teardown", ("stage",), ("stage",), ("stage",), "at the very end, also after an exception"),
+)  # fmt: skip
+BY_NAME = {hook.name: hook for hook in HOOKS}
+CALLED = tuple(hook.name for hook in HOOKS if hook.callback is not None)
+
+
+class HookCaller:
+    """The hooks of one stage, looked up once: a hook that nobody wrote costs nothing.
+
+    Args:
+        trainer, module: what callbacks are given.
+        callbacks: in the order in which they are called.
+        callback_base, module_base: the classes whose methods do nothing.
+        step: says which optimizer step it is, for errors.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        callbacks: list[Any],
+        *,
+        bases: tuple[type, type],
+        step: Callable[[], int],
+    ) -> None:
+        self._trainer, self._module, self._step = trainer, module, step
+        self._first: dict[str, list[Callable[..., Any]]] = {}
+        self._own: dict[str, Callable[..., Any] | None] = {}
+        self._watching: dict[str, list[Callable[..., Any]]] = {}
+        self._last: dict[str, list[Callable[..., Any]]] = {}
+        self._silent: set[str] = set()  # hooks that ``call`` finds nobody for
+        callback_base, module_base = bases
+        for name in CALLED:
+            found = [(c, _written(c, callback_base, name)) for c in callbacks]
+            written = [(c, method) for c, method in found if method is not None]
+            self._last[name] = [m for c, m in written if c.keeps_checkpoints]
+            late = name == "on_train_epoch_end"
+            self._watching[name] = [m for c, m in written if late and c.watches_metrics and not c.keeps_checkpoints]
+            chosen = set(map(id, self._watching[name] + self._last[name]))
+            self._first[name] = [m for _, m in written if id(m) not in chosen]
+            self._own[name] = _written(module, module_base, name) if BY_NAME[name].module is not None else None
+            if not self._first[name] and not self._watching[name] and self._own[name] is None:
+                self._silent.add(name)
+
+    def call(self, name: str, *args: Any, **named: Any) -> Any:
+        """Call a hook on the callbacks, then on the module; what the module's returned. Not on keepers of checkpoints.
+
+        Raises:
+            UserCodeError: the hook raised; the exception is its cause.
+        """
+        if name in self._silent:
+            return None
+        first = self._first.get(name)
+        if first is None:
+            raise ConfigError("hook", name, "a hook of trainkit.hooks that callbacks have")
+        method: Any = None
+        try:
+            for method in first:
+                method(self._trainer, self._module, *args, **named)
+            method = self._own[name]
+            answer = None if method is None else method(*args, **named)
+            for method in self._watching[name]:
+                method(self._trainer, self._module, *args, **named)
+        except (PlatformError, StopIteration):
+            raise
+        except Exception as error:
+            raise self._blame(method, name, error) from error
+        return answer
+
+    def call_last(self, name: str, *args: Any, **named: Any) -> None:
+        """Call a hook on the callbacks that keep checkpoints."""
+        if not self._last[name]:
+            return
+        method: Any = None
+        try:
+            for method in self._last[name]:
+                method(self._trainer, self._module, *args, **named)
+        except PlatformError:
+            raise
+        except Exception as error:
+            raise self._blame(method, name, error) from error
+
+    def call_each(self, name: str, *args: Any, **named: Any) -> list[Exception]:
+        """Call a hook on all, whoever raises; what was raised."""
+        problems: list[Exception] = []
+        own = self._own[name]
+        for method in [*self._first[name], *([own] if own else []), *self._watching[name], *self._last[name]]:
+            about = () if method is own else (self._trainer, self._module)
+            try:
+                method(*about, *args, **named)
+            except PlatformError as error:
+                problems.append(error)
+            except Exception as error:  # noqa: BLE001 - kept, and raised or attached by the caller
+                blamed = self._blame(method, name, error)
+                blamed.__cause__ = error
+                problems.append(blamed)
+        return problems
+
+    def _blame(self, method: Any, name: str, error: Exception) -> UserCodeError:
+        owner = type(getattr(method, "__self__", self._module)).__name__
+        return user_error(f"{owner}.{name}", f"step {self._step()}", error)
+
+
+def user_error(where: str, when: str, error: BaseException) -> UserCodeError:
+    """What is raised from ``error``, an exception of the user's own code."""
+    return UserCodeError(where, message=f"{where} raised {type(error).__name__} at {when}: {error}")
+
+
+def is_written(owner: Any, base: type, name: str) -> bool:
+    """Whether ``owner`` has a method of its own in place of the one in ``base`` that does nothing special."""
+    return _written(owner, base, name) is not None
+
+
+def _written(owner: Any, base: type, name: str) -> Callable[..., Any] | None:
+    method = getattr(owner, name)
+    return None if getattr(method, "__func__", None) is getattr(base, name) else method

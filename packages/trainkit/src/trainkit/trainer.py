@@ -1,8 +1,9 @@
-"""The Trainer: what a run consists of, wired together. The work is in the loop, the strategy and the precision."""
+"""The Trainer: what a run consists of, wired together. The work is in the loops, the strategy and the precision."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,111 +12,211 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from common_platform.errors import CheckpointIncomplete, ConfigError
-from trainkit import checkpoint
+from common_platform.errors import ConfigError
+from trainkit import checkpoint, run_state
+from trainkit.arguments import at_least, callbacks_from, in_order, limits_from, loggers_from, refuse
 from trainkit.callbacks.base import Callback
+from trainkit.callbacks.early_stopping import EarlyStopping
 from trainkit.callbacks.model_checkpoint import ModelCheckpoint
+from trainkit.callbacks.model_summary import ModelSummary
+from trainkit.callbacks.prediction_writer import BasePredictionWriter
 from trainkit.callbacks.progress import ProgressBar
-from trainkit.callbacks.timer import Timer
-from trainkit.data import TrainLoader, rng_state
-from trainkit.device import choose_device
-from trainkit.hooks import HOOK_NAMES, ON_MODULE
-from trainkit.limits import Limits
-from trainkit.loggers import CSVLogger, Logger
-from trainkit.loop.evaluate import validate
+from trainkit.data.loaders import (
+    TrainLoader,
+    check_not_empty,
+    for_rank,
+    num_batches_of,
+    remembering,
+    several,
+    unshuffled,
+)
+from trainkit.data.module import DataModule
+from trainkit.data.seed import rng_state, set_rng_state
+from trainkit.hooks import HookCaller, is_written
+from trainkit.loggers import Logger
+from trainkit.loop.evaluate import PREDICTION, TEST, VALIDATION, Evaluation, evaluate, inference
 from trainkit.loop.fit import FitLoop, Progress
+from trainkit.loop.move import to_device
+from trainkit.loop.optimization import parameters_of
 from trainkit.loop.results import Results
 from trainkit.module import TrainModule
-from trainkit.optimizers import SchedulerSetup, understand
+from trainkit.optimizers import ManagedOptimizer, SchedulerSetup, understand
 from trainkit.precision import Precision, make_precision
-from trainkit.strategies import SingleDevice, Strategy
+from trainkit.signals import EXIT_STATUS, heeding_sigterm
+from trainkit.stage import Stage
+from trainkit.strategies import Strategy, make_strategy
+from trainkit.table import print_metrics
+
+LOADER_OF = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
+TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class Trainer:
-    """Trains a ``TrainModule``.
+    """Trains a ``TrainModule``. The arguments are Lightning's.
 
     Args:
-        max_epochs: default 1000, or no limit where ``max_steps`` is given. -1: no limit.
-        max_steps: optimizer steps. -1: no limit.
-        max_time: a ``timedelta``, "DD:HH:MM:SS" or keyword arguments of ``timedelta``.
         accelerator: "auto", "cpu", "cuda" (or "gpu"), "xpu", "mps".
-        strategy: "auto", or a ``Strategy``.
-        precision: one of ``trainkit.precision.PRECISIONS``.
-        accumulate_grad_batches: micro-batches to one optimizer step.
-        gradient_clip_val, gradient_clip_algorithm: by "norm" or by "value".
-        val_check_interval: an integer number of batches, or a share of an epoch.
-        limit_train_batches, limit_val_batches: an integer number, or a share.
-        num_sanity_val_steps: validation batches before training, to find errors early.
+        strategy: "auto", "single", "ddp", or a ``Strategy``.
+        devices: how many, which ones, or "auto".
+        precision: one of ``trainkit.precision.PRECISIONS``; default "32-true".
+        logger: True or None for CSV, False for none, a ``Logger`` or several.
+        callbacks: in the order in which they are called; those that keep checkpoints come last.
+        fast_dev_run: this many batches of everything, without loggers and checkpoints, to see whether it runs.
+        max_epochs: default 1000, or no limit where ``max_steps`` or ``max_time`` is given. -1: no limit.
+        max_steps: optimizer steps. -1: no limit.
+        min_epochs, min_steps: a wish to stop is not heard before.
+        max_time: a ``timedelta``, "DD:HH:MM:SS" or keyword arguments of ``timedelta``.
+        limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches: a number, or a share.
+        overfit_batches: train on the same few batches, a number or a share.
+        val_check_interval: a number of batches, or a share of an epoch.
+        check_val_every_n_epoch: epochs between validations; None: only ``val_check_interval`` counts.
+        num_sanity_val_steps: validation batches before training, to find errors early; -1: all.
         log_every_n_steps: optimizer steps between rows of the log.
-        callbacks: in the order in which they are called; checkpoints come last.
-        logger: True for CSV, False for none, a ``Logger`` or several.
-        default_root_dir: where checkpoints and logs go.
-        seed: of the order of samples; default: that of ``seed_everything``.
+        accumulate_grad_batches: micro-batches to one optimizer step, averaged exactly.
+        gradient_clip_val, gradient_clip_algorithm: by "norm" or by "value".
+        deterministic: True, or "warn": only deterministic algorithms.
+        benchmark: let cuDNN look for the fastest algorithms.
+        inference_mode: evaluate in torch's inference mode; False: without gradients only.
+        use_distributed_sampler: split the loaders' samples over ranks.
+        detect_anomaly: find the operation that made a gradient NaN; slow.
+        barebones: nothing beside the loop: no loggers, checkpoints, progress, sanity check.
+        plugins: a ``Precision``, in place of ``precision``.
+        default_root_dir: where checkpoints and logs go; default: ``runs`` here.
+        enable_autolog_hparams: whether loggers are told of the module's hyperparameters.
+        max_skipped: batches in a row that may be skipped, or lost to overflowing gradients, before it is an error.
 
     Raises:
-        ConfigError: an argument is out of its range.
+        ConfigError: an argument is out of its range, or not supported; it is named.
+        DeviceError: a device that was asked for is not there.
     """
 
     def __init__(
         self,
         *,
-        max_epochs: int | None = None,
-        max_steps: int = -1,
-        max_time: timedelta | str | Mapping[str, float] | None = None,
         accelerator: str = "auto",
-        devices: str | int = "auto",
         strategy: str | Strategy = "auto",
-        precision: str | int = "32-true",
+        devices: list[int] | str | int = "auto",
+        num_nodes: int = 1,
+        precision: str | int | None = None,
+        logger: bool | Logger | Iterable[Logger] | None = None,
+        callbacks: Sequence[Callback] | Callback | None = None,
+        fast_dev_run: bool | int = False,
+        max_epochs: int | None = None,
+        min_epochs: int | None = None,
+        max_steps: int = -1,
+        min_steps: int | None = None,
+        max_time: timedelta | str | Mapping[str, float] | None = None,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        val_check_interval: int | float | None = None,
+        check_val_every_n_epoch: int | None = 1,
+        num_sanity_val_steps: int | None = None,
+        log_every_n_steps: int | None = None,
+        enable_checkpointing: bool | None = None,
+        enable_progress_bar: bool | None = None,
+        enable_model_summary: bool | None = None,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str = "norm",
-        val_check_interval: int | float = 1.0,
-        check_val_every_n_epoch: int = 1,
-        limit_train_batches: int | float = 1.0,
-        limit_val_batches: int | float = 1.0,
-        num_sanity_val_steps: int = 2,
-        log_every_n_steps: int = 50,
-        callbacks: Sequence[Callback] | Callback | None = None,
-        logger: bool | Logger | Sequence[Logger] = True,
+        gradient_clip_algorithm: str | None = None,
+        deterministic: bool | str | None = None,
+        benchmark: bool | None = None,
+        inference_mode: bool = True,
+        use_distributed_sampler: bool = True,
+        profiler: Any = None,
+        detect_anomaly: bool = False,
+        barebones: bool = False,
+        plugins: Any = None,
+        sync_batchnorm: bool = False,
+        reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | Path | None = None,
-        enable_progress_bar: bool = True,
-        enable_checkpointing: bool = True,
-        deterministic: bool = False,
-        seed: int | None = None,
+        enable_autolog_hparams: bool = True,
+        model_registry: str | None = None,
+        max_skipped: int = 100,
     ) -> None:
-        self.limits = Limits(
+        refuse(
+            {
+                "profiler": (profiler, None, "use torch.profiler around fit"),
+                "sync_batchnorm": (sync_batchnorm, False, "convert the module in configure_model"),
+                "model_registry": (model_registry, None, "there is none"),
+                "num_nodes": (num_nodes, 1, "start the nodes with torchrun"),
+                "reload_dataloaders_every_n_epochs": (reload_dataloaders_every_n_epochs, 0, "a loader that reloads"),
+            }
+        )
+        quiet = barebones or bool(fast_dev_run)
+        self.limits = limits_from(
             max_epochs=max_epochs,
+            min_epochs=min_epochs,
             max_steps=max_steps,
-            limit_train_batches=limit_train_batches,
-            limit_val_batches=limit_val_batches,
+            min_steps=min_steps,
+            max_time=max_time,
+            fast_dev_run=fast_dev_run,
+            batches={
+                "limit_train_batches": limit_train_batches,
+                "limit_val_batches": limit_val_batches,
+                "limit_test_batches": limit_test_batches,
+                "limit_predict_batches": limit_predict_batches,
+                "overfit_batches": overfit_batches,
+            },
             val_check_interval=val_check_interval,
             check_val_every_n_epoch=check_val_every_n_epoch,
         )
         self.default_root_dir = Path(default_root_dir or Path.cwd() / "runs")
-        self.accumulate_grad_batches = _at_least("accumulate_grad_batches", accumulate_grad_batches, 1)
-        self.log_every_n_steps = _at_least("log_every_n_steps", log_every_n_steps, 1)
-        self.num_sanity_val_steps = _at_least("num_sanity_val_steps", num_sanity_val_steps, 0)
-        if gradient_clip_algorithm not in ("norm", "value"):
-            raise ConfigError("gradient_clip_algorithm", gradient_clip_algorithm, "'norm' or 'value'")
-        if gradient_clip_val is not None and gradient_clip_val <= 0:
-            raise ConfigError("gradient_clip_val", gradient_clip_val, "a number above 0, or None")
-        self._clip = (gradient_clip_algorithm, gradient_clip_val)
-        self.strategy = _strategy(strategy, accelerator, devices)
-        self.precision: Precision = make_precision(precision, self.strategy.device)
-        self.callbacks = _callbacks(callbacks, max_time, enable_progress_bar, enable_checkpointing)
-        self.loggers = _loggers(logger, self.default_root_dir)
-        self.results = Results()
+        self.accumulate_grad_batches = at_least("accumulate_grad_batches", accumulate_grad_batches, 1)
+        self.log_every_n_steps = at_least(
+            "log_every_n_steps", 50 if log_every_n_steps is None else log_every_n_steps, 0
+        )
+        sanity = 2 if num_sanity_val_steps is None else at_least("num_sanity_val_steps", num_sanity_val_steps, -1)
+        self.num_sanity_val_steps = 0 if quiet else sanity
+        self.max_skipped = at_least("max_skipped", max_skipped, 1)
+        self.gradient_clip_val, self.gradient_clip_algorithm = _clipping(gradient_clip_val, gradient_clip_algorithm)
+        self.strategy = make_strategy(strategy, accelerator, devices)
+        self.precision_plugin = _precision(precision, plugins, self.strategy.device)
+        self.callbacks = (
+            callbacks_from(
+                callbacks,
+                max_time=max_time,
+                progress_bar=enable_progress_bar is not False and not barebones,
+                checkpointing=enable_checkpointing is not False and not quiet,
+            )
+            if not quiet
+            else _without_keepers(callbacks, max_time, enable_progress_bar is not False and not barebones)
+        )
+        if enable_model_summary and not any(isinstance(one, ModelSummary) for one in self.callbacks):
+            self.callbacks.insert(0, ModelSummary())
+        self.loggers = [] if quiet else loggers_from(logger, self.default_root_dir)
+        self.fast_dev_run = fast_dev_run
+        self.barebones = barebones
+        self.results = Results(self.strategy)
         self.progress = Progress()
         self.should_stop = False
         self.sanity_checking = False
-        self.is_fitting = False
+        self.received_sigterm = False
         self.last_loss: Tensor | None = None
+        self.optimizers: list[Optimizer] = []
+        self.managed_optimizers: list[ManagedOptimizer] = []
         self.schedulers: list[SchedulerSetup] = []
-        self._deterministic = deterministic
-        self._seed = seed
+        self.datamodule: DataModule | None = None
+        self.ckpt_path: str | Path | None = None
+        self.evaluation_metrics: dict[str, float] = {}
+        self.predictions: list[list[Any]] = []
+        self.fit_loop: FitLoop | None = None
+        self._deterministic, self._benchmark, self._detect_anomaly = deterministic, benchmark, detect_anomaly
+        self._inference_mode, self._use_distributed_sampler = inference_mode, use_distributed_sampler
+        self._log_hparams = enable_autolog_hparams
+        self._stage: str | None = None
         self._module: TrainModule | None = None
-        self._optimizer: Optimizer | None = None
-        self._resumed_rng: dict[str, Any] | None = None
+        self._hooks: HookCaller | None = None
+        self._given: dict[str, Any] = {}
+        self._loaders: dict[str, list[Any]] = {}
+        self._transfers: list[Any] | None = None
+        self._modes: dict[Any, bool] = {}
+        self._resumed: dict[str, Any] = {}
+        self._clips = False  # whether the module clips in a way of its own
+        self._overflows = 0  # steps in a row that were skipped
+        self._own_callbacks = self.callbacks
 
     # --- what runs ---
 
@@ -124,75 +225,402 @@ class Trainer:
         model: TrainModule,
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
-        datamodule: Any = None,
+        datamodule: DataModule | None = None,
         ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Train ``model``.
 
         Args:
-            train_dataloaders, val_dataloaders: iterables of batches, or in ``datamodule`` as Lightning names them.
+            train_dataloaders, val_dataloaders: iterables of batches; else those of ``datamodule``, else the module's.
             ckpt_path: a checkpoint to go on from; "last": the newest in the checkpoint folder, if there is one.
 
         Raises:
             NonFiniteLoss: the loss became NaN or infinite.
             CheckpointError: the checkpoint to go on from cannot be used.
+            UserCodeError: a hook, a step or a loader raised; its exception is the cause.
         """
-        train, val = _loaders(train_dataloaders, val_dataloaders, datamodule)
-        with self._stage(model, "fit"):
-            self._know_length(val)
-            self._configure(model)
-            self._resume(ckpt_path)
+        given = {"fit": train_dataloaders, "validate": val_dataloaders}
+        with Stage(self, model, "fit", given, datamodule):
+            state = self._load(ckpt_path)
+            self._configure(model, state)
             self.call("on_fit_start")
-            self._sanity_check(val)
-            FitLoop(self, TrainLoader(train, self._order_seed()), val).run()
+            self.call_last("on_fit_start")
+            self._sanity_check()
+            self.fit_loop = self._fit_loop()
+            with (
+                torch.autograd.set_detect_anomaly(self._detect_anomaly),
+                self.stage("train"),
+                heeding_sigterm(self._hear_sigterm),
+            ):
+                self.fit_loop.run()
             self.call("on_fit_end")
+            self.call_last("on_fit_end")
 
     def validate(
-        self, model: TrainModule, dataloaders: Any = None, datamodule: Any = None, ckpt_path: str | Path | None = None
+        self,
+        model: TrainModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: DataModule | None = None,
+        weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
-        """Run validation once; the metrics, in a list as Lightning returns them."""
-        _, val = _loaders(None, dataloaders, datamodule, needs_train=False)
-        with self._stage(model, "validate"):
-            self._know_length(val)
-            self.strategy.setup(self.precision.convert(model))
-            if ckpt_path is not None:
-                self.strategy.load_state_dict(checkpoint.load(ckpt_path)[0])
-            return [validate(self, val, limit=self.limits.validation_batches, log=False)]
+        """Run validation once.
 
-    def _stage(self, model: TrainModule, stage: str) -> _Stage:
-        return _Stage(self, model, stage)
+        Args:
+            model: default: the one that was trained last.
+            ckpt_path: weights to use instead of the model's: a path, "best" or "last".
+            verbose: print the metrics.
 
-    def _configure(self, model: TrainModule) -> None:
+        Returns:
+            The metrics of each loader.
+        """
+        return self._evaluate(VALIDATION, model, dataloaders, ckpt_path, verbose, datamodule)
+
+    def test(
+        self,
+        model: TrainModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: DataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:
+        """Run ``test_step`` over the test batches once; the arguments are those of ``validate``."""
+        return self._evaluate(TEST, model, dataloaders, ckpt_path, verbose, datamodule)
+
+    def predict(
+        self,
+        model: TrainModule | None = None,
+        dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> list[Any] | None:
+        """Run ``predict_step`` over the batches once.
+
+        Args:
+            return_predictions: default True; False where a callback writes them.
+
+        Returns:
+            What the steps returned; a list a loader where there are several.
+        """
+        keep = return_predictions is not False
+        with self._evaluation(PREDICTION, model, dataloaders, ckpt_path, datamodule) as loaders:
+            writers = [one for one in self.callbacks if isinstance(one, BasePredictionWriter)]
+            kept = keep or any(writer.on_epoch for writer in writers)
+            found = evaluate(self, PREDICTION, loaders, keep_outputs=kept)
+        return None if not keep else found[0] if len(found) == 1 else found
+
+    def _evaluate(
+        self, kind: Evaluation, model: Any, dataloaders: Any, ckpt_path: Any, verbose: bool, datamodule: Any
+    ) -> list[dict[str, float]]:
+        with self._evaluation(kind, model, dataloaders, ckpt_path, datamodule) as loaders:
+            evaluate(self, kind, loaders)
+        found = _by_loader(self.evaluation_metrics, self.results.loader_of, len(loaders))
+        if verbose and self.is_global_zero:
+            print_metrics(kind.stage, found)
+        return found
+
+    @contextlib.contextmanager
+    def _evaluation(
+        self, kind: Evaluation, model: Any, dataloaders: Any, ckpt_path: Any, datamodule: Any
+    ) -> Iterator[list[Any]]:
+        model = self._module if model is None else model
+        if model is None:
+            raise ConfigError("model", None, f"a module, or a call of fit before {kind.stage}")
+        if not is_written(model, TrainModule, kind.step) and kind.logs:
+            raise ConfigError("model", f"{type(model).__name__} without {kind.step}", f"one with a {kind.step} method")
+        with Stage(self, model, kind.stage, {kind.stage: dataloaders}, datamodule):
+            state = self._load(ckpt_path)
+            if state is not None:
+                self.load_weights(state["state_dict"])
+            self.strategy.setup(self.precision_plugin.convert(model), trains=False)
+            loaders = self.loaders(kind.stage)
+            if not loaders:
+                raise ConfigError("dataloaders", None, f"batches, or a {LOADER_OF[kind.stage]}_dataloader method")
+            yield loaders
+
+    def _configure(self, model: TrainModule, state: dict[str, Any] | None) -> None:
         if self._deterministic:
-            torch.use_deterministic_algorithms(True)
+            torch.use_deterministic_algorithms(True, warn_only=self._deterministic == "warn")
+        if self._benchmark is not None:
+            torch.backends.cudnn.benchmark = self._benchmark
+        if not is_written(model, TrainModule, "training_step"):
+            raise ConfigError("model", f"{type(model).__name__} without training_step", "one with such a method")
         self.should_stop = False
-        model.configure_model()
-        self.strategy.setup(self.precision.convert(model))
-        self._optimizer, self.schedulers = understand(model.configure_optimizers())
-        for logger in self.loggers:
-            logger.log_hyperparams(model.hparams)
+        if state is not None:
+            run_state.load_before_setup(self, state)
+        self.strategy.setup(self.precision_plugin.convert(model), trains=True)
+        self._configure_optimizers(model)
+        if state is not None:
+            run_state.load_after_setup(self, state)
+        if self._log_hparams:
+            for logger in self.loggers:
+                logger.log_hyperparams(model.hparams)
 
-    def _sanity_check(self, val: Any) -> None:
-        if val is None or not self.num_sanity_val_steps or self.progress.total_batches:
+    def _configure_optimizers(self, model: TrainModule) -> None:
+        try:
+            configured = model.configure_optimizers()
+        except ValueError as error:
+            if "empty parameter list" not in str(error):
+                raise
+            raise ConfigError("optimizer", "0 parameters", "some to train: model.parameters()") from error
+        self.optimizers, self.schedulers = understand(configured)
+        self.managed_optimizers = [ManagedOptimizer(one, self._make_step, model) for one in self.optimizers]
+        trained = [p for one in self.optimizers for p in parameters_of(one)]
+        if not any(p.requires_grad for p in trained):
+            raise ConfigError("optimizer", f"no trainable parameters of {len(trained)}", "requires_grad on some")
+
+    def _sanity_check(self) -> None:
+        if not self.num_sanity_val_steps or not self._validates() or self.progress.batch:
             return
+        before = rng_state()
         self.sanity_checking = True
         self.call("on_sanity_check_start")
-        validate(self, val, limit=self.num_sanity_val_steps, log=False)
-        self.results.callback_metrics.clear()
+        loaders = self.loaders("validate")
+        if loaders:
+            at_most = None if self.num_sanity_val_steps == -1 else self.num_sanity_val_steps
+            metrics = dict(self.results.callback_metrics)
+            evaluate(self, VALIDATION, loaders, at_most=at_most)
+            self.results.clear()
+            self.results.callback_metrics.update(metrics)
         self.call("on_sanity_check_end")
         self.sanity_checking = False
+        set_rng_state(before)
 
-    def _know_length(self, val: Any) -> None:
-        number = float(len(val)) if hasattr(val, "__len__") else float("inf")
-        values = {name: getattr(self.limits, name) for name in self.limits.__dataclass_fields__}
-        self.limits = Limits(**(values | {"num_val_batches": number}))
+    def _fit_loop(self) -> FitLoop:
+        loaders = self.loaders("fit")
+        if len(loaders) != 1:
+            raise ConfigError(
+                "train_dataloaders", f"{len(loaders)} loaders", "one: batches, or a train_dataloader method"
+            )
+        check_not_empty(loaders[0], "train")
+        train = TrainLoader(loaders[0])
+        resumed = self._resumed.pop("loader", {})
+        if resumed:
+            train.load_state_dict(resumed)
+        loop = FitLoop(self, train, self.loaders("validate") if self._validates() else [])
+        loop.resume_ahead(resumed.get("ahead"))
+        if "fit" in self._resumed:
+            loop.load_state_dict(self._resumed.pop("fit"))
+        return loop
 
-    def _order_seed(self) -> int:
-        if self._seed is None:
-            self._seed = torch.initial_seed() % 2**32
-        return self._seed
+    def _validates(self) -> bool:
+        return is_written(self.module, TrainModule, "validation_step") and self.limits.limit_val_batches > 0
 
-    # --- what the loop asks for ---
+    # --- loaders and batches ---
+
+    def loaders(self, stage: str) -> list[Any]:
+        """The loaders of ``stage``, this rank's part of each; asked for once a run."""
+        if stage not in self._loaders:
+            found = self._find_loaders(stage)
+            training = stage == "fit"
+            made = [] if found is None else several(found)
+            if training and (len(made) > 1 or isinstance(found, Mapping)):
+                raise ConfigError(
+                    "train_dataloaders", f"{len(made)} loaders", "one: combined loaders are not supported"
+                )
+            if self.limits.overfit_batches and training:
+                made = [unshuffled(one) for one in made]
+            if self._use_distributed_sampler:
+                ranks = (self.strategy.rank, self.strategy.world_size)
+                made = [for_rank(one, *ranks, training=training) for one in made]
+            self._loaders[stage] = [remembering(one) for one in made] if stage == "predict" else made
+        return self._loaders[stage]
+
+    def batch_indices(self, loader: int) -> list[list[int]] | None:
+        """The places in the dataset of the samples of each batch that was predicted, where they are known."""
+        return getattr(getattr(self.loaders("predict")[loader], "batch_sampler", None), "seen", None)
+
+    def _find_loaders(self, stage: str) -> Any:
+        if self._given.get(stage) is not None:
+            return self._given[stage]
+        name = f"{LOADER_OF[stage]}_dataloader"
+        if self.datamodule is not None and is_written(self.datamodule, DataModule, name):
+            return getattr(self.datamodule, name)()
+        if is_written(self.module, TrainModule, name):
+            return getattr(self.module, name)()
+        return None
+
+    def move(self, batch: Any, loader: int) -> Any:
+        """``batch`` on the device and in the dtype of forward, by the hooks of the data module or the module."""
+        batch = self.precision_plugin.convert_input(batch)
+        if self._transfers is None:
+            return to_device(batch, self.strategy.device)
+        before, transfer, after = self._transfers
+        return after(transfer(before(batch, loader), self.strategy.device, loader), loader)
+
+    def _find_transfers(self) -> list[Any] | None:
+        """The three hooks, or None where nobody wrote one."""
+        owners: list[tuple[Any, type]] = [(self.module, TrainModule)]
+        if self.datamodule is not None:
+            owners.insert(0, (self.datamodule, DataModule))
+        found = [
+            next((getattr(owner, name) for owner, base in owners if is_written(owner, base, name)), None)
+            for name in TRANSFERS
+        ]
+        if not any(found):
+            return None
+        return [method or getattr(self.module, name) for method, name in zip(found, TRANSFERS, strict=True)]
+
+    # --- what the loops ask for ---
+
+    def call(self, hook: str, *args: Any, **named: Any) -> Any:
+        """Call a hook on the callbacks in their order, then on the module; what the module's returned."""
+        return (self._hooks or self.hooks).call(hook, *args, **named)
+
+    def call_last(self, hook: str, *args: Any, **named: Any) -> None:
+        """Call a hook on the callbacks that keep checkpoints, when everything else is done."""
+        (self._hooks or self.hooks).call_last(hook, *args, **named)
+
+    def call_each(self, hook: str, *args: Any, **named: Any) -> list[Exception]:
+        """Call a hook on all, whoever raises; what was raised."""
+        return self.hooks.call_each(hook, *args, **named)
+
+    @property
+    def hooks(self) -> HookCaller:
+        """The hooks that somebody wrote, looked up once a stage."""
+        if self._hooks is None:
+            bases = (Callback, TrainModule)
+            step = lambda: self.progress.global_step  # noqa: E731
+            self._hooks = HookCaller(self, self.module, self.callbacks, bases=bases, step=step)
+        return self._hooks
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients of ``loss``, with the hooks around it."""
+        manual = not self.module.automatic_optimization
+        if manual and self.fit_loop is not None:
+            self.fit_loop.optimization.watch(loss.detach())
+        loss = self.precision_plugin.scaled(loss)
+        self.call("on_before_backward", loss)
+        self.module.backward(loss, *args, **kwargs)
+        if manual:
+            self.strategy.after_manual_backward()
+        self.call("on_after_backward")
+
+    def _make_step(self, optimizer: Optimizer, closure: Any, kwargs: Mapping[str, Any]) -> None:
+        stepped = self.precision_plugin.step(optimizer, closure or _nothing, self._before_step, **kwargs)
+        self.progress.global_step += 1
+        self._overflows = 0 if stepped else self._overflows + 1
+        if self._overflows >= self.max_skipped:
+            self.precision_plugin.refuse_overflow(self._overflows, self.global_step)
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        automatic = self.module.automatic_optimization and self.fit_loop is not None
+        if automatic:
+            self.fit_loop.optimization.group.finish(optimizer)  # type: ignore[union-attr]
+        self.call("on_before_optimizer_step", optimizer)
+        if automatic and (self.gradient_clip_val or self._clips):
+            value, algorithm = self.gradient_clip_val, self.gradient_clip_algorithm
+            self.module.configure_gradient_clipping(
+                optimizer, gradient_clip_val=value, gradient_clip_algorithm=algorithm
+            )
+
+    def clip_gradients(self, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
+        value = self.gradient_clip_val if value is None else value
+        algorithm = algorithm or self.gradient_clip_algorithm or "norm"
+        if algorithm not in ("norm", "value"):
+            raise ConfigError("gradient_clip_algorithm", algorithm, "'norm' or 'value'")
+        if value:
+            by_norm = algorithm == "norm"
+            self.strategy.clip_gradients(
+                parameters_of(optimizer), max_norm=value if by_norm else None, max_value=None if by_norm else value
+            )
+
+    def step_schedulers(self, interval: str, count: int, *, plateau: bool = False) -> None:
+        """Let the schedulers of ``interval`` ("step" or "epoch") make their step, but not those of manual optimization.
+
+        Args:
+            count: batches of the epoch, or epochs, that are done.
+            plateau: those that are given a metric, or the others.
+        """
+        if not self.schedulers or not self.module.automatic_optimization:
+            return
+        for setup in self.schedulers:
+            is_due = setup.interval == interval and setup.reduce_on_plateau == plateau and count % setup.frequency == 0
+            if is_due and not (self._overflows and interval == "step"):
+                self._step_scheduler(setup)
+
+    def _step_scheduler(self, setup: SchedulerSetup) -> None:
+        metric = None
+        if setup.reduce_on_plateau:
+            metric = self.callback_metrics.get(str(setup.monitor))
+            if metric is None and setup.strict:
+                known = sorted(self.callback_metrics)
+                raise ConfigError("lr_scheduler.monitor", setup.monitor, f"a logged metric: {known}")
+            if metric is None:
+                return
+        self.module.lr_scheduler_step(setup.scheduler, metric)
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Give the loggers a row, on the first rank only."""
+        if metrics and self.is_global_zero:
+            row = {"epoch": self.current_epoch, **metrics}
+            for logger in self.loggers:
+                logger.log_metrics(row, self.log_step)
+
+    @property
+    def log_step(self) -> int:
+        """What rows of the log are numbered by: optimizer steps from 0 on."""
+        return self.progress.log_step if self._stage == "fit" else self.progress.steps_logged
+
+    @property
+    def logs_this_step(self) -> bool:
+        every = self.log_every_n_steps
+        return bool(every) and (self.progress.log_step + 1) % every == 0
+
+    def between_batches(self) -> None:
+        """Called after each training batch and its validation, when the state is whole: ends the run after SIGTERM.
+
+        Raises:
+            SystemExit: with status 143, once a checkpoint is on disk, if one is kept at all.
+        """
+        received = self.received_sigterm
+        if self.world_size > 1:  # all ranks leave at once, so they ask each other, but not at every step
+            if self.progress.total_batches % max(self.log_every_n_steps, 1):
+                return
+            received = bool(self.strategy.reduce(torch.tensor(float(received)), "max") > 0)
+        if received:
+            if self.checkpoint_callback is not None:
+                self.checkpoint_callback.save_last_now(self)
+            raise SystemExit(EXIT_STATUS)
+
+    def _hear_sigterm(self) -> None:
+        self.received_sigterm = True
+
+    def agree_to_stop(self) -> None:
+        """All ranks stop where one wants to."""
+        if self.world_size > 1:
+            wish = torch.tensor(float(self.should_stop))
+            self.should_stop = bool(self.strategy.reduce(wish, "max") > 0)
+
+    def without_gradients(self) -> Any:
+        return inference(self._inference_mode)
+
+    def keep_modes(self) -> None:
+        """Remember which layers are in train mode."""
+        self._modes = {layer: layer.training for layer in self.module.modules()}
+
+    def restore_modes(self) -> None:
+        """Put every layer back in the mode it had before the evaluation."""
+        for layer, training in self._modes.items():
+            layer.training = training
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What the Trainer is doing, for ``training``, ``validating`` and the like."""
+        before, self._doing = self._doing, name
+        try:
+            yield
+        finally:
+            self._doing = before
+
+    _doing: str | None = None
+
+    # --- what users look at ---
 
     @property
     def module(self) -> TrainModule:
@@ -200,17 +628,26 @@ class Trainer:
             raise ConfigError("trainer.module", None, "a call of fit or validate")
         return self._module
 
-    lightning_module = module
+    lightning_module = model = module
 
     @property
     def optimizer(self) -> Optimizer:
-        if self._optimizer is None:
+        """The first optimizer."""
+        if not self.optimizers:
             raise ConfigError("trainer.optimizer", None, "a call of fit")
-        return self._optimizer
+        return self.optimizers[0]
+
+    @property
+    def lr_scheduler_configs(self) -> list[SchedulerSetup]:
+        return self.schedulers
+
+    @property
+    def precision(self) -> str:
+        return self.precision_plugin.name
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps so far."""
+        """Optimizer steps so far, of all optimizers."""
         return self.progress.global_step
 
     @property
@@ -218,193 +655,296 @@ class Trainer:
         return self.progress.epoch
 
     @property
-    def callback_metrics(self) -> dict[str, float]:
+    def callback_metrics(self) -> dict[str, Tensor]:
         """The newest value of each metric."""
         return self.results.callback_metrics
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """The newest value of each metric that goes to loggers."""
+        return self.results.logged_metrics
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        return self.results.progress_bar_metrics
 
     @property
     def logger(self) -> Logger | None:
         return self.loggers[0] if self.loggers else None
 
     @property
-    def logs_this_step(self) -> bool:
-        return self.global_step % self.log_every_n_steps == 0
+    def log_dir(self) -> str | None:
+        return getattr(self.logger, "log_dir", None) if self.logger else str(self.default_root_dir)
 
     @property
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def call(self, hook: str, *args: Any) -> None:
-        """Call a hook on the callbacks in their order, then on the module."""
-        if hook not in HOOK_NAMES:
-            raise ConfigError("hook", hook, "one of trainkit.hooks.HOOKS")
-        for callback in self.callbacks:
-            getattr(callback, hook)(self, self.module, *args)
-        if hook in ON_MODULE:
-            getattr(self.module, hook)(*args)
+    @property
+    def is_fitting(self) -> bool:
+        return self._stage == "fit"
 
-    def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        if metrics:
-            for logger in self.loggers:
-                logger.log_metrics(metrics, self.global_step)
+    @property
+    def training(self) -> bool:
+        return self._doing == "train"
 
-    def clip_gradients(self) -> None:
-        algorithm, limit = self._clip
-        if limit is not None:
-            by_norm = algorithm == "norm"
-            self.strategy.clip_gradients(max_norm=limit if by_norm else None, max_value=None if by_norm else limit)
+    @property
+    def validating(self) -> bool:
+        return self._doing == "validate" and not self.sanity_checking
 
-    def step_schedulers(self, event: str, count: int) -> None:
-        """Let the schedulers of ``event`` (step, epoch, validation) make their step."""
-        for setup in self.schedulers:
-            if setup.waits_for_metric:
-                if event == "validation" and setup.monitor in self.callback_metrics:
-                    setup.scheduler.step(self.callback_metrics[setup.monitor])
-            elif setup.interval == event and count % setup.frequency == 0:
-                setup.scheduler.step()
+    @property
+    def testing(self) -> bool:
+        return self._doing == "test"
+
+    @property
+    def predicting(self) -> bool:
+        return self._doing == "predict"
+
+    @property
+    def evaluating(self) -> bool:
+        return self.validating or self.testing
+
+    @property
+    def world_size(self) -> int:
+        return self.strategy.world_size
+
+    @property
+    def global_rank(self) -> int:
+        return self.strategy.rank
+
+    @property
+    def local_rank(self) -> int:
+        return self.strategy.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        return self.strategy.node_rank
+
+    @property
+    def num_nodes(self) -> int:
+        return self.strategy.num_nodes
+
+    @property
+    def num_devices(self) -> int:
+        return max(self.world_size // self.num_nodes, 1)
+
+    @property
+    def is_global_zero(self) -> bool:
+        return self.strategy.is_first
+
+    @property
+    def max_epochs(self) -> int | None:
+        return self.limits.max_epochs
+
+    @property
+    def min_epochs(self) -> int:
+        return self.limits.min_epochs
+
+    @property
+    def max_steps(self) -> int:
+        return self.limits.max_steps
+
+    @property
+    def min_steps(self) -> int:
+        return self.limits.min_steps
+
+    @property
+    def num_training_batches(self) -> float:
+        """Of an epoch; infinite where the loader does not tell."""
+        loaders = self.loaders("fit")
+        return self.limits.of("fit", num_batches_of(loaders[0])) if loaders else 0
+
+    @property
+    def num_val_batches(self) -> list[float]:
+        return [self.limits.of("validate", num_batches_of(one)) for one in self.loaders("validate")]
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether the batch that is trained on is the last of its epoch."""
+        return self.progress.batch + 1 >= self.num_training_batches
+
+    @property
+    def estimated_stepping_batches(self) -> float:
+        """Optimizer steps of the whole run, for schedules."""
+        of_epochs = float("inf")
+        epochs = self.limits.max_epochs
+        if epochs not in (None, -1):
+            of_epochs = -(-self.num_training_batches // self.accumulate_grad_batches) * float(epochs)  # type: ignore[arg-type]
+        steps = min(of_epochs, float("inf") if self.max_steps == -1 else self.max_steps)
+        return steps if steps == float("inf") else int(steps)
+
+    @property
+    def train_dataloader(self) -> Any:
+        loaders = self._loaders.get("fit")
+        return loaders[0] if loaders else None
+
+    @property
+    def val_dataloaders(self) -> Any:
+        loaders = self._loaders.get("validate")
+        return loaders[0] if loaders and len(loaders) == 1 else loaders
+
+    @property
+    def checkpoint_callbacks(self) -> list[ModelCheckpoint]:
+        return [callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint)]
+
+    @property
+    def checkpoint_callback(self) -> ModelCheckpoint | None:
+        return next(iter(self.checkpoint_callbacks), None)
+
+    @property
+    def early_stopping_callbacks(self) -> list[EarlyStopping]:
+        return [callback for callback in self.callbacks if isinstance(callback, EarlyStopping)]
+
+    @property
+    def early_stopping_callback(self) -> EarlyStopping | None:
+        return next(iter(self.early_stopping_callbacks), None)
+
+    @property
+    def progress_bar_callback(self) -> ProgressBar | None:
+        return next((callback for callback in self.callbacks if isinstance(callback, ProgressBar)), None)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on the first rank only."""
+        if self.is_global_zero:
+            print(*args, **kwargs)
 
     # --- checkpoints ---
 
-    def save_checkpoint(self, filepath: str | Path) -> None:
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
+    ) -> None:
         """Write everything that a resumed run needs to ``filepath``, a folder that appears whole or not at all.
+
+        Every rank must call it.
+
+        Args:
+            weights_only: only what ``load_from_checkpoint`` needs.
 
         Raises:
             CheckpointWriteError: it could not be written; what stood there is whole.
         """
-        state: dict[str, Any] = {
-            "global_step": self.global_step,
-            "progress": self.progress.to_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedulers": [_plain(setup.scheduler.state_dict()) for setup in self.schedulers],
-            "precision": self.precision.state_dict(),
-            "callbacks": {callback.state_key: callback.state_dict() for callback in self.callbacks},
-            "loggers": [logger.state_dict() for logger in self.loggers],
-            "results": self.results.state_dict(),
-            "hparams": _plain(self.module.hparams),
-            "order_seed": self._order_seed(),
-            "rng": rng_state(),
-        }
-        self.call("on_save_checkpoint", state)
-        checkpoint.save(filepath, self.strategy.state_dict(), state)
+        refuse({"storage_options": (storage_options, None, "checkpoints are folders on a file system")})
+        if self.fit_loop is not None:
+            self.fit_loop.optimization.look()
+        state = run_state.dump(self, weights_only=bool(weights_only))
+        problem: Exception | None = None
+        if self.is_global_zero:
+            try:
+                checkpoint.save(filepath, state.pop("state_dict"), state)
+            except Exception as error:  # noqa: BLE001 - raised again below, once the other ranks know
+                problem = error
+        if self.world_size > 1 and not self.strategy.broadcast_plain(problem is None) and problem is None:
+            raise ConfigError("checkpoint", "not written by the first rank", "see its error")
+        if problem is not None:
+            raise problem
 
-    def _resume(self, ckpt_path: str | Path | None) -> None:
+    def _load(self, ckpt_path: str | Path | None) -> dict[str, Any] | None:
+        """The checkpoint that ``ckpt_path`` means, if there is one."""
+        self.ckpt_path = ckpt_path
         if ckpt_path is None:
-            return
-        path: Path | None = Path(ckpt_path)
-        if str(ckpt_path) == "last":
+            return None
+        path: str | Path | None = ckpt_path
+        if str(ckpt_path) in ("last", "best"):
+            keeper = self.checkpoint_callback
             path = checkpoint.find_last(self.checkpoint_dir)
+            if str(ckpt_path) == "best":
+                path = keeper.best_model_path if keeper is not None else None
+                if not path:
+                    raise ConfigError("ckpt_path", "best", "a ModelCheckpoint that has kept one")
         if path is None:
-            return
-        weights, state = checkpoint.load(path)
-        self.strategy.load_state_dict(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.optimizer._opt_called = bool(state["global_step"])  # type: ignore[attr-defined] # what schedulers look at
-        if len(state["schedulers"]) != len(self.schedulers):
-            raise CheckpointIncomplete("schedulers", len(state["schedulers"]), f"{len(self.schedulers)}, as configured")
-        for setup, saved in zip(self.schedulers, state["schedulers"], strict=True):
-            setup.scheduler.load_state_dict(saved)
-        self.precision.load_state_dict(state["precision"])
-        for callback in self.callbacks:
-            if callback.state_key in state["callbacks"]:
-                callback.load_state_dict(state["callbacks"][callback.state_key])
-        for logger, saved in zip(self.loggers, state["loggers"], strict=False):
-            logger.resume(saved)
-        self.results.load_state_dict(state["results"])
-        self.progress = Progress.resumed(state["progress"])
-        self._seed = state["order_seed"]
-        self._resumed_rng = state["rng"]
-        self.call("on_load_checkpoint", state)
+            return None
+        self.ckpt_path = path
+        return checkpoint.load_any(path)
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        checkpoint.load_weights(self.module, state, strict=self.module.strict_loading)
 
     @property
     def checkpoint_dir(self) -> Path:
         """Where the first ModelCheckpoint writes."""
-        for callback in self.callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                return callback.folder(self)
-        return self.default_root_dir / "checkpoints"
+        keeper = self.checkpoint_callback
+        return keeper.folder(self) if keeper is not None else self.default_root_dir / "checkpoints"
+
+    def fit_state(self) -> dict[str, Any]:
+        return self.fit_loop.state_dict() if self.fit_loop is not None else {}
+
+    def loader_state(self) -> dict[str, Any]:
+        if self.fit_loop is None:
+            return {"start": None, "ahead": None}
+        return {**self.fit_loop.train.state_dict(), "ahead": self.fit_loop.generators_before_ahead()}
+
+    def resume_from(self, **state: Any) -> None:
+        """What is put back when the loop begins: the generators, the loader's position, a group's gradients."""
+        self._resumed = state
 
     def take_rng_state(self) -> dict[str, Any] | None:
         """The generators' state of the checkpoint that was resumed from, once."""
-        state, self._resumed_rng = self._resumed_rng, None
-        return state
+        return self._resumed.pop("rng", None)
+
+    # --- called by Stage ---
+
+    def enter_stage(self, model: TrainModule, stage: str, given: dict[str, Any], datamodule: DataModule | None) -> None:
+        first = next(iter(given))
+        if isinstance(given[first], DataModule):
+            datamodule, given = given[first], {}
+        if not isinstance(model, TrainModule):
+            raise ConfigError("model", type(model).__name__, "a TrainModule (LightningModule)")
+        if datamodule is not None and not isinstance(datamodule, DataModule):
+            raise ConfigError("datamodule", type(datamodule).__name__, "a DataModule (LightningDataModule)")
+        if datamodule is not None and any(value is not None for value in given.values()):
+            raise ConfigError("datamodule", "beside dataloaders", "either a data module or loaders")
+        self._module, self.datamodule, self._given, self._loaders = model, datamodule, given, {}
+        model.trainer = self
+        if datamodule is not None:
+            datamodule.trainer = self
+        self.results.clear()
+        self._stage = stage
+        self._doing = None if stage == "fit" else stage
+        self._hooks = None
+        self.callbacks = in_order(_with_module_callbacks(self._own_callbacks, model.configure_callbacks()))
+        self._transfers = self._find_transfers()
+        self._clips = any(is_written(model, TrainModule, n) for n in ("configure_gradient_clipping", "clip_gradients"))
+
+    def leave_stage(self) -> None:
+        self._stage = self._doing = None
+        self.sanity_checking = False
 
 
-class _Stage:
-    """The frame of fit and validate: setup before, teardown after, and a clean end when something is raised."""
-
-    def __init__(self, trainer: Trainer, model: TrainModule, stage: str) -> None:
-        self._trainer, self._model, self._stage = trainer, model, stage
-
-    def __enter__(self) -> None:
-        self._trainer._module = self._model
-        self._model.trainer = self._trainer
-        self._trainer.is_fitting = self._stage == "fit"
-        self._trainer.call("setup", self._stage)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
-        try:
-            if error is not None:
-                self._trainer.call("on_exception", error)
-        finally:
-            for logger in self._trainer.loggers:
-                logger.flush()
-            self._trainer.call("teardown", self._stage)
-            self._trainer.is_fitting = False
+def _nothing() -> None:
+    return None
 
 
-def _at_least(name: str, value: int, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(name, value, f"{low} or more")
-    return value
+def _clipping(value: float | None, algorithm: str | None) -> tuple[float | None, str | None]:
+    if algorithm not in (None, "norm", "value"):
+        raise ConfigError("gradient_clip_algorithm", algorithm, "'norm' or 'value'")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
+        raise ConfigError("gradient_clip_val", value, "a number, 0 or more, or None")
+    return value, algorithm
 
 
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """What of a state can be written: functions, which the user's code makes again, are left out."""
-    kinds = (bool, int, float, str, list, tuple, dict, Tensor, type(None))
-    return {key: value for key, value in state.items() if isinstance(value, kinds)}
+def _precision(name: str | int | None, plugins: Any, device: torch.device) -> Precision:
+    given = plugins if isinstance(plugins, list | tuple) else [] if plugins is None else [plugins]
+    for plugin in given:
+        if not isinstance(plugin, Precision):
+            raise ConfigError("plugins", type(plugin).__name__, "a trainkit.precision.Precision")
+    if given and name is not None:
+        raise ConfigError("precision", name, "None beside a Precision in plugins")
+    return given[0] if given else make_precision(name, device)
 
 
-def _strategy(strategy: str | Strategy, accelerator: str, devices: str | int) -> Strategy:
-    if isinstance(strategy, Strategy):
-        return strategy
-    if strategy not in ("auto", "single", "single_device"):
-        raise ConfigError("strategy", strategy, "auto, single, or a Strategy")
-    if devices not in ("auto", 1, "1"):
-        raise ConfigError("devices", devices, "1 or auto: one device in this version")
-    return SingleDevice(choose_device(accelerator))
+def _without_keepers(callbacks: Any, max_time: Any, progress_bar: bool) -> list[Callback]:
+    given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+    kept = [callback for callback in given if not getattr(callback, "keeps_checkpoints", False)]
+    return callbacks_from(kept, max_time=max_time, progress_bar=progress_bar, checkpointing=False)
 
 
-def _callbacks(
-    given: Sequence[Callback] | Callback | None, max_time: Any, progress_bar: bool, checkpointing: bool
-) -> list[Callback]:
-    callbacks = [given] if isinstance(given, Callback) else list(given or [])
-    if max_time is not None:
-        callbacks.append(Timer(max_time))
-    if progress_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-        callbacks.append(ProgressBar())
-    if checkpointing and not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-        callbacks.append(ModelCheckpoint())
-    keys = [callback.state_key for callback in callbacks]
-    for key in keys:
-        if keys.count(key) > 1 and not isinstance(callbacks[keys.index(key)], ProgressBar):
-            raise ConfigError("callbacks", f"two with the state_key {key}", "a state_key of its own for each")
-    return sorted(callbacks, key=lambda callback: isinstance(callback, ModelCheckpoint))
+def _with_module_callbacks(callbacks: list[Callback], own: Any) -> list[Callback]:
+    """The module's callbacks take the place of the Trainer's of the same class."""
+    added = [own] if isinstance(own, Callback) else list(own or [])
+    kinds = {type(callback) for callback in added}
+    return [callback for callback in callbacks if type(callback) not in kinds] + added
 
 
-def _loggers(given: bool | Logger | Sequence[Logger], root: Path) -> list[Logger]:
-    if isinstance(given, bool):
-        return [CSVLogger(root)] if given else []
-    return [given] if isinstance(given, Logger) else list(given)
-
-
-def _loaders(train: Any, val: Any, datamodule: Any, *, needs_train: bool = True) -> tuple[Any, Any]:
-    if datamodule is not None:
-        for name in ("prepare_data", "setup"):
-            method = getattr(datamodule, name, None)
-            if method is not None:
-                method(*(("fit",) if name == "setup" else ()))
-        train = datamodule.train_dataloader() if needs_train else None
-        val = datamodule.val_dataloader() if hasattr(datamodule, "val_dataloader") else None
-    if (train if needs_train else val) is None:
-        raise ConfigError("train_dataloaders" if needs_train else "dataloaders", None, "batches, or a datamodule")
-    return train, val
+def _by_loader(metrics: dict[str, float], loader_of: dict[str, int], count: int) -> list[dict[str, float]]:
+    """The metrics of each loader, and in each those that belong to none."""
+    return [{n: v for n, v in metrics.items() if loader_of.get(n, number) == number} for number in range(count)]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import TYPE_CHECKING, Any
 
-from common_platform.errors import ConfigError, TrainingError
+import torch
+
+from common_platform.errors import ConfigError
 from trainkit.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -14,88 +17,131 @@ if TYPE_CHECKING:
 
 
 class EarlyStopping(Callback):
-    """Ends training after ``patience`` validations without improvement.
+    """Ends training after ``patience`` looks without improvement.
 
     Args:
         monitor: the metric.
         min_delta: smaller improvements do not count.
-        patience: validations without improvement that are borne.
+        patience: looks without improvement that are borne.
+        verbose: print why it stops.
         mode: "min" or "max".
-        restore_best: put the best weights back when training ends.
+        strict: whether a metric that nobody logged is an error.
         check_finite: stop at once when the metric is NaN or infinite.
         stopping_threshold: stop at once when the metric is better than this.
+        divergence_threshold: stop at once when the metric is worse than this.
+        check_on_train_epoch_end: look at the end of an epoch and not after each validation; default: where there is
+            one validation an epoch.
+        restore_best: put the best weights back when training ends.
 
     Raises:
         ConfigError: an argument is out of its range.
     """
+
+    watches_metrics = True
 
     def __init__(
         self,
         monitor: str,
         min_delta: float = 0.0,
         patience: int = 3,
+        verbose: bool = False,
         mode: str = "min",
-        *,
-        restore_best: bool = False,
+        strict: bool = True,
         check_finite: bool = True,
         stopping_threshold: float | None = None,
+        divergence_threshold: float | None = None,
+        check_on_train_epoch_end: bool | None = None,
+        log_rank_zero_only: bool = False,
+        *,
+        restore_best: bool = False,
     ) -> None:
         if mode not in ("min", "max"):
             raise ConfigError("EarlyStopping.mode", mode, "'min' or 'max'")
-        if patience < 0 or min_delta < 0:
-            raise ConfigError("EarlyStopping.patience", patience, "0 or more, and min_delta too")
+        if patience < 0:
+            raise ConfigError("EarlyStopping.patience", patience, "0 or more")
+        if not min_delta >= 0:
+            raise ConfigError("EarlyStopping.min_delta", min_delta, "0 or more")
         self.monitor = monitor
         self.min_delta = min_delta
         self.patience = patience
+        self.verbose = verbose
         self.mode = mode
+        self.strict = strict
         self.restore_best = restore_best
         self.check_finite = check_finite
         self.stopping_threshold = stopping_threshold
+        self.divergence_threshold = divergence_threshold
         self.wait_count = 0
+        self.stopped_epoch = 0
         self.stopped_step = 0  # the optimizer step at which it stopped; 0: it did not
-        self.best_score = math.inf if mode == "min" else -math.inf
+        self.stopping_reason: str | None = None
+        self.best_score = torch.tensor(math.inf if mode == "min" else -math.inf)
         self.best_step = 0
+        self._on_train_epoch_end = check_on_train_epoch_end
         self._best: dict[str, Any] | None = None
 
     @property
     def state_key(self) -> str:
-        return f"EarlyStopping({self.monitor},{self.mode})"
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
 
-    def on_train_start(self, trainer: Trainer, module: TrainModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: TrainModule) -> None:
         trainer.should_stop = trainer.should_stop or bool(self.stopped_step)
 
-    def on_validation_end(self, trainer: Trainer, module: TrainModule) -> None:
-        if trainer.sanity_checking or not trainer.is_fitting:
+    def on_validation_end(self, trainer: Trainer, pl_module: TrainModule) -> None:
+        if trainer.is_fitting and not trainer.sanity_checking and not self._looks_after_epoch(trainer):
+            self._look(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: TrainModule) -> None:
+        if self._looks_after_epoch(trainer):
+            self._look(trainer)
+
+    def _looks_after_epoch(self, trainer: Trainer) -> bool:
+        if self._on_train_epoch_end is not None:
+            return self._on_train_epoch_end
+        limits = trainer.limits
+        return limits.val_check_interval == 1.0 and limits.check_val_every_n_epoch == 1
+
+    def _look(self, trainer: Trainer) -> None:
+        found = trainer.callback_metrics.get(self.monitor)
+        if found is None:
+            if self.strict:
+                known = sorted(trainer.callback_metrics)
+                raise ConfigError("EarlyStopping.monitor", self.monitor, f"a logged metric: {known}")
             return
-        score = trainer.callback_metrics.get(self.monitor)
-        if score is None:
-            raise TrainingError(
-                "EarlyStopping.monitor", self.monitor, f"a logged metric: {sorted(trainer.callback_metrics)}"
-            )
+        score = float(found)
         if self._is_better(score):
-            self.best_score, self.best_step, self.wait_count = score, trainer.global_step, 0
+            self.best_score, self.best_step, self.wait_count = found.detach().cpu(), trainer.global_step, 0
             if self.restore_best:
                 state = trainer.strategy.state_dict()
                 self._best = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         else:
             self.wait_count += 1
-        if self._is_enough(score):
-            self.stopped_step = max(trainer.global_step, 1)
+        self.stopping_reason = self._reason(score)
+        stops = torch.tensor(float(self.stopping_reason is not None))
+        if trainer.strategy.reduce(stops, "max") > 0:  # all ranks stop where one does
+            self.stopped_step, self.stopped_epoch = max(trainer.global_step, 1), trainer.current_epoch
             trainer.should_stop = True
+            if self.verbose:
+                trainer.print(f"stopped at step {trainer.global_step}: {self.monitor} {self.stopping_reason}")
 
     def _is_better(self, score: float) -> bool:
-        gain = self.best_score - score if self.mode == "min" else score - self.best_score
+        best = float(self.best_score)
+        gain = best - score if self.mode == "min" else score - best
         return math.isfinite(score) and gain > self.min_delta
 
-    def _is_enough(self, score: float) -> bool:
+    def _reason(self, score: float) -> str | None:
+        better = operator.lt if self.mode == "min" else operator.gt
         if self.check_finite and not math.isfinite(score):
-            return True
-        threshold = self.stopping_threshold
-        if threshold is not None and (score < threshold if self.mode == "min" else score > threshold):
-            return True
-        return self.wait_count > 0 and self.wait_count >= self.patience
+            return f"is {score}"
+        if self.stopping_threshold is not None and better(score, self.stopping_threshold):
+            return f"is better than {self.stopping_threshold}"
+        if self.divergence_threshold is not None and better(self.divergence_threshold, score):
+            return f"is worse than {self.divergence_threshold}"
+        if self.wait_count > 0 and self.wait_count >= self.patience:
+            return f"has not improved {self.wait_count} times; best {float(self.best_score):.6g}"
+        return None
 
-    def on_train_end(self, trainer: Trainer, module: TrainModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: TrainModule) -> None:
         if self._best is not None:
             trainer.strategy.load_state_dict(self._best)
 
@@ -103,11 +149,13 @@ class EarlyStopping(Callback):
         return {
             "wait_count": self.wait_count,
             "stopped_step": self.stopped_step,
+            "stopped_epoch": self.stopped_epoch,
             "best_score": self.best_score,
             "best_step": self.best_step,
             "best": self._best,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.wait_count, self.stopped_step = state["wait_count"], state["stopped_step"]
-        self.best_score, self.best_step, self._best = state["best_score"], state["best_step"], state["best"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.wait_count, self.stopped_step = state_dict["wait_count"], state_dict["stopped_step"]
+        self.stopped_epoch, self.best_score = state_dict["stopped_epoch"], state_dict["best_score"]
+        self.best_step, self._best = state_dict["best_step"], state_dict["best"]

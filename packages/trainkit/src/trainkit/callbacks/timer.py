@@ -37,23 +37,23 @@ class Timer(Callback):
     def time_remaining(self) -> float:
         return max(self.seconds - self.time_elapsed(), 0.0)
 
-    def on_train_start(self, trainer: Trainer, module: TrainModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: TrainModule) -> None:
         self._started = time.monotonic()
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: TrainModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: TrainModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.time_elapsed() >= self.seconds:
+        if trainer.strategy.broadcast_plain(self.time_elapsed() >= self.seconds):
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: Trainer, module: TrainModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: TrainModule) -> None:
         self._before, self._started = self.time_elapsed(), None
 
     def state_dict(self) -> dict[str, Any]:
         return {"elapsed": self.time_elapsed()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._before = state["elapsed"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = state_dict["elapsed"]
 
 
 def _seconds(duration: timedelta | str | Mapping[str, float]) -> float:

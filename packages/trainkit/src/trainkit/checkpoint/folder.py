@@ -24,10 +24,11 @@ from common_platform.errors import (
     CheckpointVersionError,
     CheckpointWriteError,
 )
+from trainkit.checkpoint.foreign import load_ckpt
 from trainkit.checkpoint.tree import join, split, without_shared
 
 MODEL, STATE_TENSORS, STATE = "model.safetensors", "state.safetensors", "state.json"
-VERSION = 1
+VERSION = 2
 
 
 def save(path: str | Path, model: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -77,6 +78,19 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointCorrupt(error.param, error.value, error.limit) from error
     weights |= {name: weights[owner] for name, owner in about["aliases"].items()}
     return weights, join(about["state"], tensors)
+
+
+def load_any(path: str | Path) -> dict[str, Any]:
+    """A checkpoint as one dictionary with "state_dict" in it; of ours, or a ``.ckpt`` file of Lightning.
+
+    Raises:
+        CheckpointError: it cannot be used.
+        ArtifactRefused: a file that holds more than tensors and plain values.
+    """
+    if Path(path).is_file():
+        return load_ckpt(Path(path))
+    weights, state = load(path)
+    return {"state_dict": weights, **state}
 
 
 def manifest_of(path: Path) -> Manifest:

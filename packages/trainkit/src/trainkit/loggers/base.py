@@ -22,5 +22,19 @@ class Logger(ABC):
     def resume(self, state: Mapping[str, Any]) -> None:
         """The run goes on from ``state``: what was logged beyond it will be logged again."""
 
-    def flush(self) -> None:
+    @property
+    def name(self) -> str | None:
+        """Of the experiment."""
+        return None
+
+    @property
+    def version(self) -> int | str | None:
+        """Of the run."""
+        return None
+
+    def save(self) -> None:
         """Make what was logged safe."""
+
+    def finalize(self, status: str) -> None:
+        """A stage is over: "success" or "failed"."""
+        self.save()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainkit.loggers.base import Logger
+from trainkit.loggers.versions import version_folder
 
 
 class CSVLogger(Logger):
@@ -18,19 +19,21 @@ class CSVLogger(Logger):
         save_dir: the folder above.
         name: of the experiment.
         version: of the run; None takes the next free ``version_N``, "" none.
+        prefix: in front of each metric's name, with a "-" between.
         flush_logs_every_n_steps: rows kept in memory at the most.
     """
 
     def __init__(
         self,
         save_dir: str | Path,
-        name: str = "logs",
+        name: str | None = "logs",
         version: int | str | None = None,
-        *,
+        prefix: str = "",
         flush_logs_every_n_steps: int = 20,
     ) -> None:
-        root = Path(save_dir, name)
-        self._folder = root / _version(root, version)
+        root = Path(save_dir, name or "")
+        self.save_dir, self._name, self._prefix = str(save_dir), name, prefix
+        self._folder = root / version_folder(root, version)
         self._flush_every = flush_logs_every_n_steps
         self._columns: list[str] = ["step"]
         self._rows: list[dict[str, Any]] = []
@@ -42,6 +45,19 @@ class CSVLogger(Logger):
         return str(self._folder)
 
     @property
+    def root_dir(self) -> str:
+        return str(self._folder.parent)
+
+    @property
+    def name(self) -> str | None:
+        return self._name
+
+    @property
+    def version(self) -> int | str | None:
+        number = self._folder.name.removeprefix("version_")
+        return int(number) if number.isdigit() else self._folder.name
+
+    @property
     def _path(self) -> Path:
         return self._folder / "metrics.csv"
 
@@ -50,18 +66,19 @@ class CSVLogger(Logger):
         (self._folder / "hparams.json").write_text(json.dumps(dict(params), indent=2, default=str) + "\n")
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        self._rows.append({"step": step, **metrics})
+        named = {f"{self._prefix}-{name}": value for name, value in metrics.items()} if self._prefix else metrics
+        self._rows.append({"step": step, **named})
         if len(self._rows) >= self._flush_every:
-            self.flush()
+            self.save()
 
     def state_dict(self) -> dict[str, Any]:
-        self.flush()
+        self.save()
         return {"rows": self._count}
 
     def resume(self, state: Mapping[str, Any]) -> None:
         self._rows = self._read()[: state["rows"]]
         self._count, self._written = 0, False
-        self.flush()
+        self.save()
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._path.exists():
@@ -70,7 +87,7 @@ class CSVLogger(Logger):
             rows = [{k: v for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(file)]
         return [row for row in rows if str(row.get("step", "")).isdigit()]  # a row cut off by a kill has none
 
-    def flush(self) -> None:
+    def save(self) -> None:
         """Append, or write the file anew where a column has come."""
         if not self._rows:
             return
@@ -93,12 +110,3 @@ class CSVLogger(Logger):
             writer.writeheader()
             writer.writerows(rows)
         temporary.replace(self._path)
-
-
-def _version(root: Path, version: int | str | None) -> str:
-    if isinstance(version, int):
-        return f"version_{version}"
-    if version is not None:
-        return version
-    taken = [int(p.name.removeprefix("version_")) for p in root.glob("version_*") if p.name[8:].isdigit()]
-    return f"version_{max(taken, default=-1) + 1}"

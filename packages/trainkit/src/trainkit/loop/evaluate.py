@@ -1,55 +1,125 @@
-"""Validation: every batch once, without gradients, and the means of what was logged."""
+"""Validation, test and prediction: every batch once, without gradients. One loop; the stage differs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainkit.loop.move import to_device
+from common_platform.errors import PlatformError
+from trainkit.data.loaders import num_batches_of
+from trainkit.hooks import user_error
+from trainkit.loop.steps import step_arguments
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
 
 
-def validate(
-    trainer: Trainer, loader: Any, *, limit: int | None = None, log: bool = True, fitting: bool = False
-) -> dict[str, float]:
-    """Run validation and return its metrics.
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an evaluation is called."""
+
+    stage: str  # the name of Trainer's method
+    hooks: str  # the middle of its hooks' names
+    logs: bool
+
+    @property
+    def step(self) -> str:
+        return f"{self.hooks}_step"
+
+
+VALIDATION = Evaluation("validate", "validation", logs=True)
+TEST = Evaluation("test", "test", logs=True)
+PREDICTION = Evaluation("predict", "predict", logs=False)
+
+
+def evaluate(
+    trainer: Trainer, kind: Evaluation, loaders: list[Any], *, at_most: int | None = None, keep_outputs: bool = False
+) -> list[list[Any]]:
+    """Run ``loaders`` one after the other; what was logged goes to the loggers, but not in a sanity check.
 
     Args:
-        limit: batches at the most.
-        log: whether the loggers hear of it.
-        fitting: whether schedulers that watch a metric make their step.
+        at_most: batches of each loader, beside the Trainer's limit.
+        keep_outputs: whether what the steps return is kept.
+
+    Returns:
+        The outputs, a list a loader.
     """
-    module = trainer.module
-    was_training = module.training
-    module.eval()
-    trainer.results.start_validation()
+    module, results, on = trainer.module, trainer.results, f"on_{kind.hooks}"
+    results.start_evaluation()
+    results.refused = None if kind.logs else "prediction"
+    trainer.keep_modes()
     try:
-        with torch.inference_mode():
-            trainer.call("on_validation_start")
-            trainer.call("on_validation_epoch_start")
-            for index, batch in enumerate(islice(loader, limit)):
-                _step(trainer, batch, index)
-            trainer.call("on_validation_epoch_end")
-            trainer.results._step.clear()
-            metrics = trainer.results.take_means()
-        if log:
-            trainer.log_metrics(metrics)
-        if fitting:
-            trainer.step_schedulers("validation", trainer.global_step)
-        trainer.call("on_validation_end")
+        getattr(module, f"{on}_model_eval")()
+        with trainer.without_gradients():
+            trainer.call(f"{on}_start")
+            trainer.call(f"{on}_epoch_start")
+            outputs = [
+                list(_loader(trainer, kind, loader, index if len(loaders) > 1 else None, at_most, keep_outputs))
+                for index, loader in enumerate(loaders)
+            ]
+            results.loader = None
+            trainer.predictions = outputs
+            results.publish_means()
+            trainer.call(f"{on}_epoch_end")
+            trainer.call_last(f"{on}_epoch_end")
+            trainer.evaluation_metrics = results.take_means() if kind.logs else {}
+            if not trainer.sanity_checking:
+                trainer.log_metrics(trainer.evaluation_metrics)
+            trainer.call(f"{on}_end")
+        trainer.call_last(f"{on}_end")
+        if kind.logs:
+            getattr(module, f"{on}_model_train")()
     finally:
-        trainer.results.end_validation()
-        module.train(was_training)
-    return metrics
+        results.refused = None
+        results.end_evaluation()
+    return outputs
 
 
-def _step(trainer: Trainer, batch: Any, index: int) -> None:
-    batch = to_device(batch, trainer.strategy.device)
-    trainer.call("on_validation_batch_start", batch, index)
-    with trainer.precision.context(trainer.strategy.device):
-        outputs = trainer.module.validation_step(batch, index)
-    trainer.call("on_validation_batch_end", outputs, batch, index)
+def _loader(
+    trainer: Trainer, kind: Evaluation, loader: Any, number: int | None, at_most: int | None, keep_outputs: bool
+) -> Iterator[Any]:
+    """The batches of one loader; ``number`` is None where it is the only one."""
+    results = trainer.results
+    takes = step_arguments(getattr(trainer.module, kind.step))
+    limit = trainer.limits.of(kind.stage, num_batches_of(loader))
+    limit = limit if at_most is None else min(limit, at_most)
+    extra = () if number is None else (number,)
+    for index, batch in enumerate(islice(_batches(trainer, loader), None if limit == float("inf") else int(limit))):
+        batch = trainer.move(batch, number or 0)
+        results.batch, results.loader = batch, number
+        trainer.call(f"on_{kind.hooks}_batch_start", batch, index, *extra)
+        try:
+            with trainer.precision_plugin.context(trainer.strategy.device):
+                arguments = (batch, index, number or 0)[: 3 if number is not None else 2]
+                output = trainer.strategy.evaluation_step(kind.step, *arguments[:takes])
+        except PlatformError:
+            raise
+        except Exception as error:
+            where = f"{type(trainer.module).__name__}.{kind.step}"
+            raise user_error(where, f"batch {index}", error) from error
+        trainer.call(f"on_{kind.hooks}_batch_end", output, batch, index, *extra)
+        trainer.call_last(f"on_{kind.hooks}_batch_end", output, batch, index, *extra)
+        if keep_outputs:
+            yield output
+
+
+def _batches(trainer: Trainer, loader: Any) -> Iterator[Any]:
+    batches, number = iter(loader), 0
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise user_error("the loader", f"batch {number}, rank {trainer.global_rank}", error) from error
+        yield batch
+        number += 1
+
+
+def inference(enabled: bool) -> Any:
+    """Without gradients: torch's inference mode, or ``no_grad`` where tensors are to be used later."""
+    return torch.inference_mode() if enabled else torch.no_grad()

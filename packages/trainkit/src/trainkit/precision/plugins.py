@@ -2,37 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common_platform.errors import ConfigError
+from common_platform.errors import ConfigError, NonFiniteLoss
+
+Closure = Callable[[], Any]
+BeforeStep = Callable[[Optimizer], None]
 
 
 class Precision:
     """Full precision: the module's weights as they are."""
 
+    name = "32-true"
+
     def convert(self, module: nn.Module) -> nn.Module:
         return module
+
+    def convert_input(self, batch: Any) -> Any:
+        """A batch in the dtype that forward wants."""
+        return batch
 
     def context(self, device: torch.device) -> AbstractContextManager[Any]:
         """Around forward."""
         return nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
-        torch.autograd.backward(loss)
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss as it goes into backward."""
+        return loss
 
     def unscale(self, optimizer: Optimizer) -> None:
-        """Make gradients comparable with a clipping threshold."""
+        """Make gradients true ones before ``step``, to look at or to clip."""
 
-    def step(self, optimizer: Optimizer) -> bool:
-        """The optimizer's step; False where it was skipped because gradients had overflowed."""
-        optimizer.step()
+    def step(self, optimizer: Optimizer, closure: Closure, before_step: BeforeStep, **kwargs: Any) -> bool:
+        """Run ``closure`` (forward and backward), then ``before_step`` with true gradients, then the optimizer's step.
+
+        Returns:
+            False where the step was skipped because gradients had overflowed.
+        """
+
+        def closure_and_hooks() -> Any:
+            loss = closure()
+            before_step(optimizer)
+            return loss
+
+        optimizer.step(closure=closure_and_hooks, **kwargs)
         return True
+
+    def refuse_overflow(self, steps: int, at: int) -> None:
+        """Raises:
+        NonFiniteLoss: ``steps`` steps in a row were skipped, up to step ``at``.
+        """
+        raise NonFiniteLoss("gradients", "not finite", f"fewer than {steps} skipped steps in a row (step {at})",
+                            flag="max_skipped")  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -43,17 +70,31 @@ class Precision:
 class TruePrecision(Precision):
     """Weights, gradients and operations in one dtype."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name = name
         self._dtype = dtype
 
     def convert(self, module: nn.Module) -> nn.Module:
         return module.to(self._dtype)
 
+    def convert_input(self, batch: Any) -> Any:
+        return _cast(batch, self._dtype)
+
+    @contextmanager
+    def context(self, device: torch.device) -> Iterator[None]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self._dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
 
 class MixedPrecision(Precision):
     """float32 weights, operations in ``dtype`` where that is safe."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name = name
         self._dtype = dtype
 
     def context(self, device: torch.device) -> AbstractContextManager[Any]:
@@ -61,23 +102,41 @@ class MixedPrecision(Precision):
 
 
 class ScaledMixedPrecision(MixedPrecision):
-    """float16 with its small range: the loss is scaled up, and steps whose gradients overflow are skipped."""
+    """float16 with its small range: the loss is scaled up, and steps whose gradients overflow are skipped.
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(torch.float16)
-        self.scaler = torch.amp.GradScaler(device.type)
+    Args:
+        scaler: torch's ``GradScaler``; default: one with its defaults.
+    """
 
-    def backward(self, loss: Tensor) -> None:
-        torch.autograd.backward(self.scaler.scale(loss))
+    def __init__(self, device: torch.device, scaler: torch.amp.GradScaler | None = None) -> None:
+        super().__init__("16-mixed", torch.float16)
+        self.scaler = scaler or torch.amp.GradScaler(device.type)
+        self._unscaled: Optimizer | None = None
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return self.scaler.scale(loss)
 
     def unscale(self, optimizer: Optimizer) -> None:
-        self.scaler.unscale_(optimizer)
+        if optimizer is not self._unscaled:
+            self.scaler.unscale_(optimizer)
+            self._unscaled = optimizer
 
-    def step(self, optimizer: Optimizer) -> bool:
+    def step(self, optimizer: Optimizer, closure: Closure, before_step: BeforeStep, **kwargs: Any) -> bool:
+        closure()
+        if not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            return True  # the batch was skipped
         before = self.scaler.get_scale()
-        self.scaler.step(optimizer)
+        if optimizer is not self._unscaled:
+            self.scaler.unscale_(optimizer)
+        self._unscaled = None
+        before_step(optimizer)
+        self.scaler.step(optimizer, **kwargs)
         self.scaler.update()
-        return self.scaler.get_scale() >= before
+        return bool(self.scaler.get_scale() >= before)
+
+    def refuse_overflow(self, steps: int, at: int) -> None:
+        raise NonFiniteLoss("loss scale", self.scaler.get_scale(), f"fewer than {steps} overflows in a row (step {at})",
+                            flag="max_skipped, or use bf16-mixed")  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.scaler.state_dict())
@@ -87,26 +146,41 @@ class ScaledMixedPrecision(MixedPrecision):
 
 
 PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
+SHORT = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+ELSEWHERE = ("transformer-engine", "transformer-engine-float16", "fp8", "apex", "xla-true", "xla-bf16")
 
 
-def make_precision(name: str | int, device: torch.device) -> Precision:
+def make_precision(name: str | int | None, device: torch.device) -> Precision:
     """The precision of that name; 32, 64, "32", "bf16" and "16" are understood as Lightning understands them.
 
     Raises:
         ConfigError: there is none of that name.
     """
-    short = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-    match short.get(str(name), str(name)):
-        case "32-true":
-            return TruePrecision(torch.float32)
+    match SHORT.get(str(name), str(name)):
+        case "32-true" | "None":
+            return Precision()
         case "64-true":
-            return TruePrecision(torch.float64)
+            return TruePrecision("64-true", torch.float64)
         case "bf16-true":
-            return TruePrecision(torch.bfloat16)
+            return TruePrecision("bf16-true", torch.bfloat16)
         case "16-true":
-            return TruePrecision(torch.float16)
+            return TruePrecision("16-true", torch.float16)
         case "bf16-mixed":
-            return MixedPrecision(torch.bfloat16)
+            return MixedPrecision("bf16-mixed", torch.bfloat16)
         case "16-mixed":
             return ScaledMixedPrecision(device)
+    if name in ELSEWHERE:
+        raise ConfigError("precision", name, f"a plugin that is not part of this version; one of {PRECISIONS}")
     raise ConfigError("precision", name, f"one of {PRECISIONS}")
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: _cast(inner, dtype) for key, inner in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_cast(inner, dtype) for inner in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_cast(inner, dtype) for inner in value)
+    return value

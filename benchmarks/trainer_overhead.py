@@ -1,0 +1,199 @@
+"""What a Trainer adds to a step of a plain PyTorch loop, beside Lightning and Accelerate in the same run.
+
+A 2-layer MLP, batch 8, on one thread. Each side runs in a process of its own that interleaves itself with the plain
+loop and gives the difference, so that drift of the machine hits both. "bare": without loggers, checkpoints and
+progress; "full": ``log`` in each step, a row every 50, checkpoints and progress as they come.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from common import Report, arguments, median
+from make_peers import python_of
+
+SIDES = {  # name -> library, module, whether everything is on
+    "trainkit bare": ("trainkit", "trainkit", False),
+    "trainkit full": ("trainkit", "trainkit", True),
+    "lightning bare": ("lightning", "lightning", False),
+    "lightning full": ("lightning", "lightning", True),
+    "accelerate": ("accelerate", "accelerate", False),
+}
+BATCH, WIDTH = 8, 32
+
+
+class Batches:
+    """The same batch, ``count`` times."""
+
+    def __init__(self, count: int) -> None:
+        import torch
+
+        self.count = count
+        self.batch = (torch.randn(BATCH, WIDTH), torch.randn(BATCH, 1))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Any:
+        return iter([self.batch] * self.count)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--side", choices=SIDES, help="measure one side in this process, and print microseconds")
+    args = parser.parse_args()
+    steps, rounds = (400, 3) if args.quick else (2000, 7)
+    if args.side:
+        print(json.dumps(measure(args.side, steps, rounds)))
+        return
+    report = Report()
+    added = {}
+    for side in SIDES:
+        found = _in_its_own_process(side, args.quick, report)
+        if found is not None:
+            added[side] = report.figure(f"{side}_added_us_per_step", found["added_us"])
+            report.figure(f"{side}_first_step_ms", found["first_step_ms"])
+    for ours, theirs, share in (
+        ("trainkit bare", "lightning bare", 0.1),
+        ("trainkit full", "lightning full", 0.1),
+        ("trainkit full", "accelerate", 0.25),
+    ):
+        if theirs in added:
+            report.target(f"{ours} over {theirs}", added[ours] / added[theirs], "<=", share)
+    imports = {name: median([_import_s(name) for _ in range(3)]) for name in ("torch", "trainkit")}
+    report.figure("import_torch_s", imports["torch"])
+    report.figure("import_trainkit_s", imports["trainkit"])
+    report.target("import trainkit over import torch", imports["trainkit"] / imports["torch"], "<=", 1.2)
+    report.target("Trainer to first step, ms", report.figures["trainkit full_first_step_ms"], "<=", 50.0)
+    report.finish(as_json=args.json)
+
+
+def _in_its_own_process(side: str, quick: bool, report: Report) -> dict[str, float] | None:
+    """The figures of one side; None where its peer's environment has not been made."""
+    library = SIDES[side][0]
+    python = sys.executable if library == "trainkit" else python_of(library)
+    if python is None:
+        print(f"{side}: left out, no environment: nox -s peers -- {library}", file=sys.stderr)
+        return None
+    command = [str(python), __file__, "--side", side, *(["--quick"] if quick else [])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    if library != "trainkit":
+        asked = f"import importlib.metadata as m; print(m.version({library!r}))"
+        report.peers[library] = subprocess.run(
+            [str(python), "-c", asked], capture_output=True, text=True, timeout=60, check=True
+        ).stdout.strip()
+    return found
+
+
+def _import_s(name: str) -> float:
+    what = "from trainkit import Trainer, TrainModule" if name == "trainkit" else f"import {name}"
+    code = f"import time; t = time.perf_counter(); {what}; print(time.perf_counter() - t)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    return float(done.stdout)
+
+
+def measure(side: str, steps: int, rounds: int) -> dict[str, float]:
+    """Microseconds that ``side`` adds to a step: the median over rounds of its time less the plain loop's."""
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    library, module, full = SIDES[side]
+    work = import_module(module)
+    run = _accelerate if library == "accelerate" else _trainer
+    plain, theirs, first = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for _ in range(rounds + 1):
+            plain.append(_plain(steps))
+            took, before = run(work, steps, full)
+            theirs.append(took)
+            first.append(before)
+        os.chdir(Path(__file__).parent)
+    added = [(b - a) / steps * 1e6 for a, b in zip(plain[1:], theirs[1:], strict=True)]  # the first warms up
+    return {"added_us": median(added), "first_step_ms": median(first[1:]) * 1e3}
+
+
+def _net() -> Any:
+    from torch import nn
+
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1))
+
+
+def _plain(steps: int) -> float:
+    import torch
+
+    net = _net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    began = time.perf_counter()
+    for x, y in Batches(steps):
+        loss = (net(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return time.perf_counter() - began
+
+
+def _accelerate(library: Any, steps: int, full: bool) -> tuple[float, float]:
+    import torch
+
+    made = time.perf_counter()
+    accelerator = library.Accelerator(cpu=True)
+    net = _net()
+    net, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=1e-3))
+    began = time.perf_counter()
+    for x, y in Batches(steps):
+        with accelerator.accumulate(net):
+            loss = (net(x) - y).square().mean()
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            optimizer.step()
+    return time.perf_counter() - began, began - made
+
+
+def _trainer(library: Any, steps: int, full: bool) -> tuple[float, float]:
+    import torch
+
+    times: dict[str, float] = {}
+
+    class Model(library.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = _net()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = (self.net(batch[0]) - batch[1]).square().mean()
+            if full:
+                self.log("train_loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+        def on_train_start(self) -> None:
+            times["began"] = time.perf_counter()
+
+        def on_train_end(self) -> None:
+            times["ended"] = time.perf_counter()
+
+    made = time.perf_counter()
+    settings = {"log_every_n_steps": 50} if full else {"barebones": True}
+    trainer = library.Trainer(max_epochs=1, accelerator="cpu", devices=1, **settings)
+    trainer.fit(Model(), Batches(steps))
+    return times["ended"] - times["began"], times["began"] - made
+
+
+if __name__ == "__main__":
+    main()

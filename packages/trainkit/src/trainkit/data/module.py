@@ -1,0 +1,110 @@
+"""Where the data comes from, in one place."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from common_platform.errors import TrainingError
+from trainkit import checkpoint
+from trainkit.hparams import HyperParameters
+from trainkit.loop.move import to_device
+
+if TYPE_CHECKING:
+    from trainkit.trainer import Trainer
+
+
+class DataModule(HyperParameters):
+    """The loaders of a run and what must be done before they exist. Override what is needed."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+
+    def prepare_data(self) -> None:
+        """Download and the like; called once a machine, so nothing may be kept in ``self``."""
+
+    def setup(self, stage: str) -> None:
+        """Called on every rank, before the loaders are asked for; ``stage`` is fit, validate, test or predict."""
+
+    def teardown(self, stage: str) -> None:
+        """Called when the stage is over."""
+
+    def train_dataloader(self) -> Any:
+        raise _unwritten(self, "train_dataloader")
+
+    def val_dataloader(self) -> Any:
+        raise _unwritten(self, "val_dataloader")
+
+    def test_dataloader(self) -> Any:
+        raise _unwritten(self, "test_dataloader")
+
+    def predict_dataloader(self) -> Any:
+        raise _unwritten(self, "predict_dataloader")
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return to_device(batch, device)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+    def on_exception(self, exception: BaseException) -> None:
+        """A stage was left by ``exception``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+    @classmethod
+    def from_datasets(
+        cls,
+        train_dataset: Any = None,
+        val_dataset: Any = None,
+        test_dataset: Any = None,
+        predict_dataset: Any = None,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        **settings: Any,
+    ) -> Self:
+        """A data module over datasets that are there already; ``settings`` are those of ``DataLoader``."""
+        module = cls()
+        given = {"train": train_dataset, "val": val_dataset, "test": test_dataset, "predict": predict_dataset}
+        for stage, dataset in given.items():
+            if dataset is not None:
+                makes = _LoaderOf(dataset, stage == "train", batch_size, num_workers, settings)
+                setattr(module, f"{stage}_dataloader", makes)
+        return module
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location: Any = None, **kwargs: Any) -> Self:
+        """A data module made with the arguments in the checkpoint, changed by ``kwargs``, in the state it had."""
+        state = checkpoint.load_any(checkpoint_path)
+        known = inspect.signature(cls.__init__).parameters
+        saved = {n: v for n, v in state.get("datamodule_hyper_parameters", {}).items() if n in known}
+        module = cls(**(saved | kwargs))
+        if cls.__qualname__ in state:
+            module.load_state_dict(state[cls.__qualname__])
+        return module
+
+
+class _LoaderOf:
+    def __init__(
+        self, dataset: Any, shuffle: bool, batch_size: int, num_workers: int, settings: dict[str, Any]
+    ) -> None:
+        is_endless = isinstance(dataset, torch.utils.data.IterableDataset)
+        self._settings = settings | {"batch_size": batch_size, "num_workers": num_workers}
+        self._dataset, self._shuffle = dataset, shuffle and not is_endless
+
+    def __call__(self) -> Any:
+        return torch.utils.data.DataLoader(self._dataset, shuffle=self._shuffle, **self._settings)
+
+
+def _unwritten(module: DataModule, name: str) -> TrainingError:
+    return TrainingError(name, f"{type(module).__name__} has none", "a method of the data module", code="user_code")

@@ -1,0 +1,20 @@
+"""The module paths of Lightning: ``L.pytorch.callbacks`` and the like are ours by another name."""
+
+from trainkit.callbacks.base import Callback
+from trainkit.data.module import DataModule as LightningDataModule
+from trainkit.data.seed import seed_everything
+from trainkit.module import TrainModule as LightningModule
+from trainkit.pytorch import callbacks, loggers, strategies, utilities
+from trainkit.trainer import Trainer
+
+__all__ = [
+    "Callback",
+    "LightningDataModule",
+    "LightningModule",
+    "Trainer",
+    "callbacks",
+    "loggers",
+    "seed_everything",
+    "strategies",
+    "utilities",
+]

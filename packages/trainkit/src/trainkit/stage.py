@@ -1,0 +1,73 @@
+"""The frame of fit, validate, test and predict: setup before, teardown after, and a clean end on errors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainkit.data.module import DataModule
+    from trainkit.module import TrainModule
+    from trainkit.trainer import Trainer
+
+
+class Stage:
+    """One call of a method of the Trainer.
+
+    Args:
+        given: the loaders of each stage that the method was given.
+    """
+
+    def __init__(
+        self, trainer: Trainer, model: TrainModule, name: str, given: dict[str, Any], datamodule: DataModule | None
+    ) -> None:
+        self._trainer, self._model, self._name = trainer, model, name
+        self._given, self._datamodule = given, datamodule
+
+    def __enter__(self) -> None:
+        trainer = self._trainer
+        trainer.strategy.launch()
+        trainer.enter_stage(self._model, self._name, self._given, self._datamodule)
+        try:
+            self._set_up()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+
+    def _set_up(self) -> None:
+        trainer, data = self._trainer, self._trainer.datamodule
+        if trainer.local_rank == 0:
+            if data is not None:
+                data.prepare_data()
+            self._model.prepare_data()
+        trainer.strategy.barrier("prepare_data")
+        if data is not None:
+            data.setup(stage=self._name)
+        trainer.call("setup", stage=self._name)
+        trainer.call_last("setup", stage=self._name)
+        self._model.configure_model()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
+        trainer, data = self._trainer, self._trainer.datamodule
+        problems: list[BaseException] = []
+        if error is not None:
+            problems += trainer.call_each("on_exception", error)
+            if data is not None:
+                self._run(problems, data.on_exception, error)
+        for logger in trainer.loggers:
+            self._run(problems, logger.finalize, "success" if error is None else "failed")
+        if data is not None:
+            self._run(problems, lambda: data.teardown(stage=self._name))
+        problems += trainer.call_each("teardown", stage=self._name)
+        trainer.leave_stage()
+        if error is None and problems:
+            raise problems[0]
+        for problem in problems:  # the first error is the one that counts; the others go with it
+            if error is not None:
+                error.add_note(f"and while ending: {type(problem).__name__}: {problem}")
+
+    @staticmethod
+    def _run(problems: list[BaseException], what: Any, *arguments: Any) -> None:
+        try:
+            what(*arguments)
+        except Exception as problem:  # noqa: BLE001 - kept, and raised or attached by the caller
+            problems.append(problem)

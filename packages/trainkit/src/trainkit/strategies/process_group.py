@@ -1,0 +1,128 @@
+"""What ranks say to each other: numbers, tensors and plain data; never objects."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common_platform.errors import CollectiveMismatch, ConfigError, RankLost, RendezvousTimeout
+
+OPERATIONS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+REQUIRED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+
+
+def join_group(backend: str, rendezvous_timeout: timedelta, timeout: timedelta) -> None:
+    """Find the other ranks, as the environment names them.
+
+    Raises:
+        ConfigError: the environment does not name them.
+        RendezvousTimeout: some did not come in time.
+    """
+    if dist.is_initialized():
+        return
+    missing = [name for name in REQUIRED if name not in os.environ]
+    if missing:
+        raise ConfigError("environment", f"no {', '.join(missing)}", "what torchrun sets")
+    try:
+        dist.init_process_group(backend, timeout=rendezvous_timeout)
+        barrier("the start", rendezvous_timeout)
+        dist.distributed_c10d._set_pg_timeout(timeout)
+    except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
+        raise RendezvousTimeout("ranks", f"not all of {os.environ['WORLD_SIZE']} came", f"within {rendezvous_timeout}",
+                                flag="rendezvous_timeout") from error  # fmt: skip
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def reduce(value: Tensor, how: str) -> Tensor:
+    """``value`` of all ranks as one.
+
+    Raises:
+        ConfigError: ``how`` is unknown.
+        RankLost: another rank is gone.
+    """
+    if how not in OPERATIONS:
+        raise ConfigError("reduce", how, f"one of {tuple(OPERATIONS)}")
+    found = value.detach().clone()
+    _run("all_reduce", dist.all_reduce, found, OPERATIONS[how])
+    return found / dist.get_world_size() if how == "mean" else found
+
+
+def all_gather(data: Any) -> Any:
+    """Tensors of all ranks, in whatever they stand: each ``[...]`` becomes ``[ranks, ...]``."""
+    if isinstance(data, Tensor):
+        found = [torch.empty_like(data) for _ in range(dist.get_world_size())]
+        _run("all_gather", dist.all_gather, found, data.detach().contiguous())
+        return torch.stack(found)
+    if isinstance(data, Mapping):
+        return {key: all_gather(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return type(data)(all_gather(value) for value in data)
+    return all_gather(torch.tensor(data)) if isinstance(data, int | float) else data
+
+
+def gather_plain(value: Any) -> list[Any]:
+    """``value``, plain data, of every rank."""
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = all_gather(torch.tensor([content.numel()])).flatten().tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
+    padded[: content.numel()] = content
+    rows = all_gather(padded)
+    return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def broadcast_plain(value: Any) -> Any:
+    """The first rank's ``value``, plain data."""
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    size = torch.tensor([content.numel()])
+    _run("broadcast", dist.broadcast, size, 0)
+    if dist.get_rank() != 0:
+        content = torch.empty(int(size), dtype=torch.uint8)
+    _run("broadcast", dist.broadcast, content, 0)
+    return json.loads(content.numpy().tobytes())
+
+
+def barrier(name: str, timeout: timedelta | None = None) -> None:
+    """Wait for all ranks; a rank that does not come is named."""
+    if dist.get_backend() == "gloo":
+        _run(f"barrier {name}", dist.monitored_barrier, None, timeout)
+    else:
+        _run(f"barrier {name}", dist.barrier)
+
+
+def average_gradients(parameters: list[Tensor]) -> None:
+    """Each gradient becomes its mean over ranks; they travel together, one message a dtype.
+
+    Raises:
+        CollectiveMismatch: the ranks do not have gradients of the same parameters.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    count = torch.tensor([float(len(gradients)), -float(len(gradients))])
+    if (highest := reduce(count, "max"))[0] != -highest[1]:
+        raise CollectiveMismatch("manual_backward", f"{len(gradients)} gradients", "as many on every rank")
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        chosen = [gradient for gradient in gradients if gradient.dtype == dtype]
+        flat = reduce(torch.cat([gradient.flatten() for gradient in chosen]), "mean")
+        parts = torch.split(flat, [gradient.numel() for gradient in chosen])
+        for gradient, part in zip(chosen, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _run(what: str, operation: Any, *arguments: Any) -> None:
+    try:
+        operation(*arguments)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RankLost(what, reason, "all ranks, in time") from error

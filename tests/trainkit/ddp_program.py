@@ -1,0 +1,128 @@
+"""Training runs for one or several ranks, as JSON: ``python ddp_program.py FOLDER DEVICES CASE ...``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tests.trainkit.tiny import Regression, dataset
+from torch.utils.data import DataLoader, IterableDataset
+
+import trainkit
+from trainkit.callbacks import Callback, EarlyStopping, ModelCheckpoint
+
+FOLDER, DEVICES, CASES = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+RANKS = 1 if DEVICES == "1" else 2
+
+
+class Manual(Regression):
+    def __init__(self):
+        super().__init__(dropout=0.0)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+class Weighted(Regression):
+    """The batches of ranks count by their own weights."""
+
+    def training_step(self, batch, batch_idx):
+        weight = batch[0][:, 0].abs()
+        loss = ((self.net(batch[0]) - batch[1]).square()[:, 0] * weight).sum() / weight.sum()
+        return {"loss": loss, "weight": float(weight.sum())}
+
+
+class Stops(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 7:
+            raise KeyboardInterrupt
+
+
+class Uneven(IterableDataset):
+    def __iter__(self):
+        x, y = dataset(64).tensors
+        count = 64 if trainkit.pytorch.utilities.rank_zero_only(lambda: True)() else 32
+        return iter(list(zip(x[:count], y[:count], strict=True)))
+
+
+class Raises(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == 1 and batch_idx == 2:
+            raise ValueError("rank one gives up")
+
+
+def trainer(**settings):
+    quiet = {"enable_progress_bar": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "max_epochs": 2}
+    quiet |= {"accelerator": "cpu", "devices": DEVICES, "default_root_dir": FOLDER, "enable_checkpointing": False}
+    return trainkit.Trainer(**(quiet | settings))
+
+
+def own_loop() -> dict:
+    """The same training by a loop of one's own; two micro-batches to a step."""
+    trainkit.seed_everything(3)
+    runtime = trainkit.Runtime(accelerator="cpu", devices=DEVICES)
+    runtime.launch()
+    model = torch.nn.Linear(4, 1)
+    model, optimizer = runtime.setup(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    loader = runtime.setup_dataloaders(DataLoader(dataset(64), 16 // RANKS))
+    for index, (x, y) in enumerate(loader):
+        with runtime.no_backward_sync(model, enabled=index % 2 == 0):
+            runtime.backward(torch.nn.functional.mse_loss(model(x), y) / 2)
+        if index % 2:
+            runtime.clip_gradients(model, optimizer, max_norm=0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    loss = runtime.all_reduce(torch.tensor(float(runtime.global_rank + 1)), "sum").item()
+    return {
+        "weights": torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(),
+        "metrics": {"ranks": loss, "told": runtime.broadcast(7 + runtime.global_rank)},
+        "steps": len(loader),
+        "world_size": runtime.world_size,
+        "rank": runtime.global_rank,
+    }
+
+
+def run(case: str) -> dict:
+    if case == "runtime":
+        return own_loop()
+    trainkit.seed_everything(3)
+    kinds = {"manual": lambda: Manual(), "weighted": lambda: Weighted(dropout=0.0), "dropout": lambda: Regression()}
+    module = kinds.get(case, lambda: Regression(dropout=0.0 if case not in ("first", "resumed") else 0.2))()
+    train = DataLoader(dataset(64), 16 // RANKS, shuffle=case in ("first", "resumed", "dropout"))
+    settings = {"accumulate": {"accumulate_grad_batches": 3}, "clip": {"gradient_clip_val": 0.1}}.get(case, {})
+    if case == "stop":
+        settings = {"max_epochs": 50, "callbacks": [EarlyStopping("val_loss", min_delta=0.02, patience=1)]}
+    if case == "uneven":
+        train = DataLoader(Uneven(), 8)
+    if case == "raises":
+        settings = {"callbacks": [Raises()]}
+    if case in ("first", "resumed"):
+        dies = [Stops()] if case == "first" else []
+        settings = {"enable_checkpointing": True, "callbacks": [*dies, ModelCheckpoint(every_n_train_steps=1)]}
+    fit = trainer(**settings)
+    try:
+        val = DataLoader(dataset(23, 1), 5)
+        fit.fit(module, train, val, ckpt_path="last" if case == "resumed" else None)
+    except KeyboardInterrupt:
+        if case != "first":
+            raise
+    return {
+        "weights": torch.cat([p.detach().flatten() for p in module.parameters()]).tolist(),
+        "metrics": {name: float(value) for name, value in fit.callback_metrics.items() if name.startswith("val")},
+        "steps": fit.global_step,
+        "world_size": fit.world_size,
+        "rank": fit.global_rank,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found = {case: run(case) for case in CASES}
+    if found[CASES[0]]["rank"] == 0:
+        print(json.dumps(found))
