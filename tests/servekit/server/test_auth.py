@@ -21,7 +21,7 @@ ROUTES = [
     (method, route.path.replace("{name:path}", "M").replace("{response_id}", "resp_x"))
     for routes in MODULES
     for route in routes.router.routes
-    for method in route.methods
+    for method in sorted(route.methods)
 ]
 
 

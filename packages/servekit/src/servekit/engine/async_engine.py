@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -293,6 +294,16 @@ class AsyncEngine:
     @property
     def is_ready(self) -> bool:
         return self.dead is None and hasattr(self, "facts") and not self._stopping
+
+    @property
+    def has_process(self) -> bool:
+        """Whether the process runs, asked of the system itself: its end is noticed some moments after it."""
+        if self._process is None:
+            return False
+        try:
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        except ChildProcessError:
+            return False
 
     def _raise_if_dead(self) -> None:
         if self.dead is not None:

@@ -44,6 +44,8 @@ class Heartbeat:
         """Raise EngineDead where the engine has ended, or has been silent for too long."""
         if self._engine.dead is not None:
             raise self._engine.dead
+        if not self._engine.has_process:
+            raise EngineDead(message="the engine has stopped")
         limit = self._step_stall_s if self._engine.num_requests else IDLE_STALL_S
         silent = 0.0 if self._asked_at is None else self._clock() - self._asked_at
         if silent > limit:
