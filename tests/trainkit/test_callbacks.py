@@ -85,20 +85,35 @@ def test_ema_is_the_recurrence_and_validation_sees_it(tmp_path):
     assert not torch.equal(weights[8], validated[0])
 
 
-def test_ema_resumes_exactly(tmp_path):
+AVERAGES = {"ema": lambda: EMA(0.9), "swa": lambda: StochasticWeightAveraging(0.3, 2, annealing_epochs=2)}
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("at", [5, 8, 16, 19])
+def test_averages_resume_exactly(tmp_path, average, at):
     def run(callbacks, ckpt_path=None):
         torch.manual_seed(0)
         module = Regression()
-        fit = trainer(tmp_path, max_epochs=2, callbacks=[EMA(0.9), *callbacks])
+        fit = trainer(tmp_path, max_epochs=4, callbacks=[AVERAGES[average](), *callbacks], enable_checkpointing=False)
         fit.fit(module, *loaders(), ckpt_path=ckpt_path)
         return flat(module)
 
     def save(trainer, module, *args):
-        if trainer.global_step == 5:
-            trainer.save_checkpoint(tmp_path / "five")
+        if trainer.global_step == at:
+            trainer.save_checkpoint(tmp_path / "middle")
 
     whole = run([LambdaCallback(on_train_batch_end=save)])
-    assert torch.equal(whole, run([], tmp_path / "five"))
+    assert torch.equal(whole, run([], tmp_path / "middle"))
+
+
+def test_swa_anneals_to_its_rate(tmp_path):
+    rates = []
+    look = LambdaCallback(on_train_batch_end=lambda trainer, *args: rates.append(trainer.learning_rate))
+    average = StochasticWeightAveraging(0.5, 2, annealing_epochs=2, annealing_strategy="linear")
+    fit = trainer(tmp_path, max_epochs=5, limit_train_batches=2, callbacks=[average, look], enable_checkpointing=False)
+    fit.fit(Regression(), loaders()[0])
+    before = 0.01 * 0.9
+    assert rates[2::2] == pytest.approx([before, (before + 0.5) / 2, 0.5, 0.5])
 
 
 def test_an_exception_leaves_its_checkpoint(tmp_path):

@@ -42,7 +42,7 @@ class GradientAccumulationScheduler(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: TrainModule) -> None:
         self._set(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: TrainModule) -> None:
+    def teardown(self, trainer: Trainer, pl_module: TrainModule, stage: str) -> None:
         trainer.accumulate_grad_batches = 1
 
     def _set(self, trainer: Trainer) -> None:

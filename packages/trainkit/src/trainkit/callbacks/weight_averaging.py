@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import SWALR, update_bn
+from torch.optim.swa_utils import update_bn
 
 from common_platform.errors import ConfigError
 from trainkit.callbacks.base import Callback
-from trainkit.optimizers import SchedulerSetup
 
 if TYPE_CHECKING:
     from trainkit.module import TrainModule
@@ -60,25 +60,25 @@ class StochasticWeightAveraging(Callback):
         self._average: dict[str, Tensor] = {}
         self._count = 0
         self._first = 0
+        self._rates: list[float] = []  # of the groups when averaging began
 
     def on_fit_start(self, trainer: Trainer, pl_module: TrainModule) -> None:
         if trainer.max_epochs in (None, -1):
             raise ConfigError("max_epochs", trainer.max_epochs, "a number: StochasticWeightAveraging counts from it")
-        if len(trainer.optimizers) != 1 or len(trainer.schedulers) > 1:
-            raise ConfigError(
-                "configure_optimizers", len(trainer.optimizers), "one optimizer and at most one scheduler"
-            )
+        if len(trainer.optimizers) != 1:
+            raise ConfigError("configure_optimizers", f"{len(trainer.optimizers)} optimizers", "one")
+        groups = trainer.optimizer.param_groups
+        if isinstance(self.swa_lrs, list) and len(self.swa_lrs) != len(groups):
+            raise ConfigError("swa_lrs", self.swa_lrs, f"one for each of {len(groups)} parameter groups")
         start = self._start
         total = trainer.max_epochs or 0
         self._first = max(start - 1, 0) if isinstance(start, int) else int(total * start)
-        if self._count:
-            self._change_schedule(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: TrainModule) -> None:
         if trainer.current_epoch < self._first:
             return
-        if trainer.current_epoch == self._first:
-            self._change_schedule(trainer)
+        if not self._count:
+            self._rates = [float(group["lr"]) for group in trainer.optimizer.param_groups]
         weights = {name: p.detach() for name, p in pl_module.named_parameters()}
         for name, tensor in weights.items():
             kept = self._average.get(name)
@@ -91,12 +91,16 @@ class StochasticWeightAveraging(Callback):
             return self._avg_fn(average, weights, self._count)
         return average + (weights - average) / (self._count + 1)
 
-    def _change_schedule(self, trainer: Trainer) -> None:
-        optimizer = trainer.optimizer
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        schedule = SWALR(optimizer, self.swa_lrs, self.annealing_epochs, self.annealing_strategy)  # type: ignore[arg-type]
-        trainer.schedulers[:] = [SchedulerSetup(schedule)]
+    def on_train_batch_start(self, trainer: Trainer, pl_module: TrainModule, batch: Any, batch_idx: int) -> None:
+        if not self._count:
+            return
+        done = min((trainer.current_epoch - self._first) / max(self.annealing_epochs, 1), 1.0)
+        done = 1.0 if not self.annealing_epochs else done
+        share = (1 - math.cos(math.pi * done)) / 2 if self.annealing_strategy == "cos" else done
+        groups = trainer.optimizer.param_groups
+        wanted = self.swa_lrs if isinstance(self.swa_lrs, list) else [self.swa_lrs] * len(groups)
+        for group, before, after in zip(groups, self._rates, wanted, strict=True):
+            group["lr"] = before + (after - before) * share  # whatever a scheduler has made of it
 
     def on_train_end(self, trainer: Trainer, pl_module: TrainModule) -> None:
         if not self._count:
@@ -109,10 +113,10 @@ class StochasticWeightAveraging(Callback):
             update_bn(batches, pl_module, trainer.strategy.device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self._count, "average": self._average}
+        return {"count": self._count, "average": self._average, "rates": self._rates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._count, self._average = state_dict["count"], state_dict["average"]
+        self._count, self._average, self._rates = state_dict["count"], state_dict["average"], state_dict["rates"]
 
 
 class EMA(Callback):
