@@ -22,7 +22,12 @@ from servekit.server.keys import KeyRing
 
 KEY, OTHER, GUEST, ADMIN = "key-of-a-caller", "another-callers-key", "a-guests-own-key", "key-for-management"
 ORIGIN = "https://page.example"
-ROUTES = [(method, route.path) for module in ADMIN_ROUTES for route in module.router.routes for method in sorted(route.methods)]
+ROUTES = [
+    (method, route.path)
+    for module in ADMIN_ROUTES
+    for route in module.router.routes
+    for method in sorted(route.methods)
+]
 
 
 def bearer(key: str) -> dict[str, str]:
