@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent
 PACKAGES = ("common-platform", "trainkit", "servekit")
 CONSTRAINTS = ROOT / "constraints" / "ci.txt"
 REAL_MODEL = ["transformers", "gguf", "accelerate"]
-TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "openai", "httpx", "psutil", "matplotlib"]
+TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "httpx", "psutil", "matplotlib"]
+CLIENTS = ["openai", "anthropic"]
 SANITIZERS = ["libasan.so", "libubsan.so"]
 TEST_EXTRAS = ["llguidance", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"]
 
@@ -41,7 +42,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests but those marked slow or gpu."""
-    install(session, *REAL_MODEL, *TEST_NEEDS, *TEST_EXTRAS)
+    install(session, *REAL_MODEL, *TEST_NEEDS, *CLIENTS, *TEST_EXTRAS)
     session.run("python", "-m", "common_platform.embedded", silent=True)  # made once, before the workers start
     chosen = session.posargs or ["-m", "not slow and not gpu", "-n", "2", "--dist", "loadfile"]
     session.run("python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"})
@@ -57,7 +58,7 @@ def core(session: nox.Session) -> None:
 @nox.session
 def slow(session: nox.Session) -> None:
     """The tests that take minutes each."""
-    install(session, *REAL_MODEL, *TEST_NEEDS, *TEST_EXTRAS)
+    install(session, *REAL_MODEL, *TEST_NEEDS, *CLIENTS, *TEST_EXTRAS)
     session.run("python", "-m", "pytest", "-m", "slow", "--timeout", "3600", *session.posargs)
 
 
@@ -123,7 +124,7 @@ def _use_alone(session: nox.Session, name: str, dist: Path) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Every benchmark, quick unless told otherwise: `nox -s bench -- --json benchmarks/NAME.py`."""
-    install(session, *REAL_MODEL, *TEST_NEEDS)
+    install(session, *REAL_MODEL, *TEST_NEEDS, *CLIENTS)
     chosen = [arg for arg in session.posargs if arg.endswith(".py")]
     flags = [arg for arg in session.posargs if not arg.endswith(".py")] or ["--quick"]
     scripts = chosen or sorted(
