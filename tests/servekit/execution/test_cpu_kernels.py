@@ -105,13 +105,13 @@ def test_lower_precision_costs_little_of_the_likelihood(exact, settings, allowed
     assert abs(found.mean() - expected.mean()) < allowed
 
 
-def test_a_quantized_model_answers_sensibly():
-    with LLM(smollm2(), quantization="int4", kv_cache_memory_bytes=64 << 20) as llm:
-        answer = llm.chat(
-            [{"role": "user", "content": "What is the capital of France?"}],
-            SamplingParams(max_tokens=24, temperature=0),
-        )
-    assert "Paris" in answer[0].outputs[0].text
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_the_model_still_knows_what_it_knew(quantization):
+    known = {"The capital of France is": " Paris", "1, 2, 3, 4, 5, 6, 7,": " 8, 9, 1"}
+    with LLM(smollm2(), quantization=quantization, kv_cache_memory_bytes=64 << 20) as llm:
+        outputs = llm.generate(list(known), SamplingParams(max_tokens=8, temperature=0))
+    for output, start in zip(outputs, known.values(), strict=True):
+        assert output.outputs[0].text.startswith(start)
 
 
 def test_an_unknown_instruction_set_is_refused_and_a_lower_one_is_used():
