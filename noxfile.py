@@ -20,6 +20,8 @@ TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "httpx",
 CLIENTS = ["openai", "anthropic"]
 SANITIZERS = ["libasan.so", "libubsan.so"]
 TEST_EXTRAS = ["llguidance", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"]
+TRAIN_EXTRAS = ["torchmetrics", "tensorboard", "jsonargparse", "peft", "onnx", "onnxruntime", "onnxscript"]
+KERNEL_NEEDS = ["triton"]  # beside a CPU build of torch: it interprets and compiles kernels without a GPU
 
 nox.options.sessions = ["tests", "lint", "types", "build"]
 nox.options.reuse_existing_virtualenvs = True
@@ -42,7 +44,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests but those marked slow or gpu."""
-    install(session, *REAL_MODEL, *TEST_NEEDS, *CLIENTS, *TEST_EXTRAS)
+    install(session, *REAL_MODEL, *TEST_NEEDS, *CLIENTS, *TEST_EXTRAS, *TRAIN_EXTRAS, *KERNEL_NEEDS)
     session.run("python", "-m", "common_platform.embedded", silent=True)  # made once, before the workers start
     chosen = session.posargs or ["-m", "not slow and not gpu", "-n", "2", "--dist", "loadfile"]
     session.run("python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"})
@@ -58,7 +60,7 @@ def core(session: nox.Session) -> None:
 @nox.session
 def slow(session: nox.Session) -> None:
     """The tests that take minutes each."""
-    install(session, *REAL_MODEL, *TEST_NEEDS, *CLIENTS, *TEST_EXTRAS)
+    install(session, *REAL_MODEL, *TEST_NEEDS, *CLIENTS, *TEST_EXTRAS, *TRAIN_EXTRAS, *KERNEL_NEEDS)
     session.run("python", "-m", "pytest", "-m", "slow", "--timeout", "3600", *session.posargs)
 
 

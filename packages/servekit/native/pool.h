@@ -8,11 +8,29 @@
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace servekit {
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
 // Calls `done` until it is true: at once, then with pauses, then letting other threads run.
 template <class Done>
-void wait_until(Done done);
+void wait_until(Done done) {
+  constexpr int spins_before_yield = 2000;  // some 20 us
+  for (int spins = 0; !done(); ++spins) {
+    if (spins < spins_before_yield) pause();
+    else std::this_thread::yield();  // more threads than cores: let the late one run
+  }
+}
 
 // Nobody waits for a thread that has not come: on a busy machine the caller does its work alone. So the function must
 // share its work out by a counter, and must not need a certain number of threads.
@@ -40,30 +58,5 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_;
 };
-
-}  // namespace servekit
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-namespace servekit {
-
-inline void pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-template <class Done>
-void wait_until(Done done) {
-  constexpr int spins_before_yield = 2000;  // some 20 us
-  for (int spins = 0; !done(); ++spins) {
-    if (spins < spins_before_yield) pause();
-    else std::this_thread::yield();  // more threads than cores: let the late one run
-  }
-}
 
 }  // namespace servekit

@@ -60,7 +60,6 @@ struct Context {
 // An operation is cut into tasks that threads take one by one.
 struct Operation {
   virtual ~Operation() = default;
-  virtual void prepare(const Context&) {}  // by one thread, before the step begins
   virtual int tasks(const Context&) const = 0;
   virtual void run(const Context&, int task, Scratch scratch) const = 0;
   virtual size_t scratch() const { return 0; }
@@ -72,53 +71,51 @@ constexpr int64_t SMALL_STEP = 1 << 19;  // multiplications, or numbers read: le
 
 int share(int64_t count, int part) { return static_cast<int>((count + part - 1) / part); }
 
-struct Embed final : Operation {
+// Work on one token at a time; a task is a few tokens.
+template <int PART>
+struct RowOperation : Operation {
+  virtual void row(const Context&, int token) const = 0;
+  int tasks(const Context& c) const final { return share(c.step->tokens, PART); }
+  void run(const Context& c, int task, Scratch) const final {
+    const int last = std::min(c.step->tokens, (task + 1) * PART);
+    for (int token = task * PART; token < last; ++token) row(c, token);
+  }
+};
+
+struct Embed final : RowOperation<16> {
   const void* table;
   int32_t format, width;
   sk_rows out;
-  static constexpr int PART = 16;
-  int tasks(const Context& c) const override { return share(c.step->tokens, PART); }
-  void run(const Context& c, int task, Scratch) const override {
-    const int last = std::min(c.step->tokens, (task + 1) * PART);
-    for (int t = task * PART; t < last; ++t) {
-      float* target = static_cast<float*>(out.data) + static_cast<size_t>(t) * out.stride;
-      const size_t from = static_cast<size_t>(c.step->token_ids[t]) * width;
-      if (format == SK_F32) {
-        std::memcpy(target, static_cast<const float*>(table) + from, static_cast<size_t>(width) * 4);
-        continue;
-      }
-      const auto* row = static_cast<const uint16_t*>(table) + from;
-      for (int d = 0; d < width; ++d) {
-        const uint32_t bits = static_cast<uint32_t>(row[d]) << 16;
-        std::memcpy(target + d, &bits, 4);
-      }
+  void row(const Context& c, int token) const override {
+    float* target = static_cast<float*>(out.data) + static_cast<size_t>(token) * out.stride;
+    const size_t from = static_cast<size_t>(c.step->token_ids[token]) * width;
+    if (format == SK_F32) {
+      std::memcpy(target, static_cast<const float*>(table) + from, static_cast<size_t>(width) * 4);
+      return;
+    }
+    const auto* source = static_cast<const uint16_t*>(table) + from;
+    for (int d = 0; d < width; ++d) {
+      const uint32_t bits = static_cast<uint32_t>(source[d]) << 16;
+      std::memcpy(target + d, &bits, 4);
     }
   }
 };
 
-struct Norm final : Operation {
+struct Norm final : RowOperation<4> {
   sk_rows x, out;
   const float* weight;
   float eps;
-  static constexpr int PART = 4;
-  int tasks(const Context& c) const override { return share(c.step->tokens, PART); }
-  void run(const Context& c, int task, Scratch) const override {
-    const int last = std::min(c.step->tokens, (task + 1) * PART);
-    for (int t = task * PART; t < last; ++t)
-      kernels().norm(static_cast<const float*>(x.data) + static_cast<size_t>(t) * x.stride, weight, eps, out, t);
+  void row(const Context&, int token) const override {
+    kernels().norm(static_cast<const float*>(x.data) + static_cast<size_t>(token) * x.stride, weight, eps, out, token);
   }
 };
 
-struct Convert final : Operation {
-  sk_rows x, out;  // without data: the step's input
+struct Convert final : RowOperation<4> {
+  sk_rows x, out;  // x without data: the step's input
   int32_t width;
-  static constexpr int PART = 4;
-  int tasks(const Context& c) const override { return share(c.step->tokens, PART); }
-  void run(const Context& c, int task, Scratch) const override {
+  void row(const Context& c, int token) const override {
     const float* from = x.data ? static_cast<const float*>(x.data) : c.step->input;
-    const int64_t stride = x.data ? x.stride : c.step->input_stride;
-    const int last = std::min(c.step->tokens, (task + 1) * PART);
-    for (int t = task * PART; t < last; ++t) kernels().convert(from + t * stride, width, out, t);
+    kernels().convert(from + token * (x.data ? x.stride : c.step->input_stride), width, out, token);
   }
 };
 
@@ -138,23 +135,21 @@ struct Linear final : Operation {
   }
 };
 
-struct RotaryOperation final : Operation {
+struct RotaryOperation final : RowOperation<4> {
   Rotary op;
-  static constexpr int PART = 4;
-  int tasks(const Context& c) const override { return share(c.step->tokens, PART); }
-  void run(const Context& c, int task, Scratch) const override {
+  void row(const Context& c, int token) const override {
     const sk_step& s = *c.step;
-    const int last = std::min(s.tokens, (task + 1) * PART), group = op.cache.group;
-    for (int t = task * PART; t < last; ++t) {
-      const int32_t sequence = c.sequence_of[t];
-      const int32_t* table = s.tables[group] + sequence * s.table_strides[group];
-      kernels().rotary(op, t, s.positions[t], table, t + 1 == s.tokens || c.sequence_of[t + 1] != sequence);
-    }
+    const int32_t sequence = c.sequence_of[token], group = op.cache.group;
+    const int32_t* table = s.tables[group] + sequence * s.table_strides[group];
+    const bool is_last = token + 1 == s.tokens || c.sequence_of[token + 1] != sequence;
+    kernels().rotary(op, token, s.positions[token], table, is_last);
   }
 };
 
-struct AttentionOperation final : Operation {
-  Attention op;
+// How a step's attention is cut, which all layers with the same heads, blocks and window have in common. Layers run one
+// after the other, so that they share the room for partial results too.
+struct AttentionPlan {
+  Attention like;  // one of the layers
   int threads;
   std::vector<AttentionTask> work;
   struct Split {
@@ -162,63 +157,81 @@ struct AttentionOperation final : Operation {
     size_t first;  // of the partial results
     int splits;
   };
-  std::vector<Split> split;  // the tokens whose context is cut, for the operation that follows
+  std::vector<Split> split;  // the tokens whose context is cut
   std::vector<float> partials;
 
-  size_t partial_size() const {
-    return static_cast<size_t>(op.heads / op.cache.kv_heads) * (op.cache.padded_dim + PARTIAL_EXTRA);
+  bool fits(const Attention& op) const {
+    return op.heads == like.heads && op.window == like.window && op.cache.group == like.cache.group &&
+           op.cache.kv_heads == like.cache.kv_heads && op.cache.block_size == like.cache.block_size &&
+           op.cache.padded_dim == like.cache.padded_dim;
   }
 
-  void prepare(const Context& c) override {
+  size_t partial_size() const {
+    return static_cast<size_t>(like.heads / like.cache.kv_heads) * (like.cache.padded_dim + PARTIAL_EXTRA);
+  }
+
+  // Into how many parts the keys of a sequence with one new token are cut: so that every thread has some.
+  int64_t parts_of(int64_t keys, int64_t pieces) const {
+    if (threads == 1 || pieces >= 4 * threads) return 1;
+    return std::max<int64_t>(1, std::min<int64_t>(keys / 256, share(4 * threads, static_cast<int>(pieces))));
+  }
+
+  void prepare(const Context& c) {
     const sk_step& s = *c.step;
-    const int groups = op.heads / op.cache.kv_heads, size = op.cache.block_size, kv_heads = op.cache.kv_heads;
-    const int64_t tile = std::max(1, QUERY_ROWS / groups);
+    const int size = like.cache.block_size, kv_heads = like.cache.kv_heads;
+    const int64_t tile = std::max(1, QUERY_ROWS / (like.heads / kv_heads));
+    const int64_t pieces = static_cast<int64_t>(s.sequences) * kv_heads;
     work.clear();
     split.clear();
+    std::vector<size_t> partial_of;  // each task's place among the partial results, one more than that; 0: none
     size_t used = 0;
-    const int64_t pieces = static_cast<int64_t>(s.sequences) * kv_heads;
     for (int32_t i = 0; i < s.sequences; ++i) {
-      const int32_t* table = s.tables[op.cache.group] + i * s.table_strides[op.cache.group];
+      const int32_t* table = s.tables[like.cache.group] + i * s.table_strides[like.cache.group];
       for (int64_t t = 0; t < s.counts[i]; t += tile) {
-        const int64_t tokens = std::min(tile, s.counts[i] - t), start = s.starts[i] + t;
-        const int64_t oldest = op.window ? std::max<int64_t>(0, start + 1 - op.window) / size * size : 0;
-        const int64_t last = start + tokens, keys = last - oldest;
-        int64_t splits = 1;
-        if (s.counts[i] == 1 && pieces < 4 * threads && threads > 1)
-          splits = std::max<int64_t>(1, std::min<int64_t>(keys / 256, share(4 * threads, static_cast<int>(pieces))));
-        const int64_t span = share(share(keys, static_cast<int>(splits)), size) * static_cast<int64_t>(size);
-        splits = share(keys, static_cast<int>(span));
-        if (splits > 1) split.push_back({c.first_of[i], used, static_cast<int>(splits)});
-        for (int32_t h = 0; h < kv_heads; ++h)
-          for (int64_t k = 0; k < splits; ++k) {
+        const int64_t tokens = std::min(tile, s.counts[i] - t), start = s.starts[i] + t, last = start + tokens;
+        const int64_t oldest = like.window ? std::max<int64_t>(0, start + 1 - like.window) / size * size : 0;
+        const int64_t keys = last - oldest;
+        const int parts = static_cast<int>(s.counts[i] == 1 ? parts_of(keys, pieces) : 1);
+        const int64_t span = share(share(keys, parts), size) * static_cast<int64_t>(size);
+        const int splits = share(keys, static_cast<int>(span));
+        if (splits > 1) split.push_back({c.first_of[i], used, splits});
+        for (int32_t head = 0; head < kv_heads; ++head)
+          for (int k = 0; k < splits; ++k) {
             const int64_t from = oldest + k * span;
-            AttentionTask task{c.first_of[i] + t, table, start, from, std::min(last, from + span),
-                               static_cast<int32_t>(tokens), h, nullptr};
-            if (splits > 1) task.partial = reinterpret_cast<float*>(++used);  // becomes an address below
-            work.push_back(task);
+            work.push_back({c.first_of[i] + t, table, start, from, std::min(last, from + span),
+                            static_cast<int32_t>(tokens), head, nullptr});
+            partial_of.push_back(splits > 1 ? ++used : 0);
           }
       }
     }
     if (partials.size() < used * partial_size()) partials.resize(used * partial_size());
-    for (auto& task : work)
-      if (task.partial) task.partial = partials.data() + (reinterpret_cast<size_t>(task.partial) - 1) * partial_size();
+    for (size_t i = 0; i < work.size(); ++i)
+      if (partial_of[i]) work[i].partial = partials.data() + (partial_of[i] - 1) * partial_size();
     auto cost = [](const AttentionTask& a) { return (a.last_key - a.first_key) * a.num_tokens; };
     if (s.tokens > s.sequences)  // long ones first, so that threads end together
       std::stable_sort(work.begin(), work.end(), [&](const auto& a, const auto& b) { return cost(a) > cost(b); });
   }
-  int tasks(const Context&) const override { return static_cast<int>(work.size()); }
-  void run(const Context&, int task, Scratch scratch) const override { kernels().attention(op, work[task], scratch); }
+};
+
+struct AttentionOperation final : Operation {
+  Attention op;
+  const AttentionPlan* plan;
+  int tasks(const Context&) const override { return static_cast<int>(plan->work.size()); }
+  void run(const Context&, int task, Scratch scratch) const override {
+    kernels().attention(op, plan->work[task], scratch);
+  }
   size_t scratch() const override { return attention_scratch(op); }
 };
 
 struct Combine final : Operation {
-  const AttentionOperation* from;
-  int tasks(const Context&) const override { return static_cast<int>(from->split.size()) * from->op.cache.kv_heads; }
+  Attention op;
+  const AttentionPlan* plan;
+  int tasks(const Context&) const override { return static_cast<int>(plan->split.size()) * op.cache.kv_heads; }
   void run(const Context&, int task, Scratch) const override {
-    const auto& split = from->split[task / from->op.cache.kv_heads];
-    const int head = task % from->op.cache.kv_heads;
-    const float* parts = from->partials.data() + (split.first + static_cast<size_t>(head) * split.splits) * from->partial_size();
-    kernels().combine(from->op, parts, split.splits, split.token, head);
+    const auto& split = plan->split[task / op.cache.kv_heads];
+    const int head = task % op.cache.kv_heads;
+    const size_t first = split.first + static_cast<size_t>(head) * split.splits;
+    kernels().combine(op, plan->partials.data() + first * plan->partial_size(), split.splits, split.token, head);
   }
 };
 
@@ -234,6 +247,7 @@ struct sk_pool {
 struct sk_program {
   sk_pool* pool;
   std::vector<std::unique_ptr<Operation>> operations;
+  std::vector<std::unique_ptr<AttentionPlan>> plans;
   std::vector<std::vector<uint8_t>> scratch;  // one a thread
   Context context;
   int64_t weights = 0;  // that a token is multiplied with
@@ -246,6 +260,15 @@ struct sk_program {
     return op;
   }
 
+  const AttentionPlan* plan_of(const Attention& op) {
+    for (auto& plan : plans)
+      if (plan->fits(op)) return plan.get();
+    plans.push_back(std::make_unique<AttentionPlan>());
+    plans.back()->like = op;
+    plans.back()->threads = pool->pool.threads();
+    return plans.back().get();
+  }
+
   void ready(const sk_step* step) {
     context.step = step;
     context.sequence_of.clear();
@@ -254,19 +277,9 @@ struct sk_program {
       context.first_of.push_back(static_cast<int64_t>(context.sequence_of.size()));
       context.sequence_of.insert(context.sequence_of.end(), static_cast<size_t>(step->counts[i]), i);
     }
+    for (auto& plan : plans) plan->prepare(context);
     size_t bytes = 0;
-    const AttentionOperation* before = nullptr;
     for (auto& op : operations) {
-      auto* attention = dynamic_cast<AttentionOperation*>(op.get());
-      if (attention && before && attention->op.cache.group == before->op.cache.group &&
-          attention->op.window == before->op.window && attention->op.heads == before->op.heads &&
-          before->split.empty()) {
-        attention->work = before->work;  // layers of a group have the same tasks
-        attention->split.clear();
-      } else {
-        op->prepare(context);
-      }
-      if (attention) before = attention;
       op->next.store(0, std::memory_order_relaxed);
       op->done.store(0, std::memory_order_relaxed);
       bytes = std::max(bytes, op->scratch());
@@ -389,10 +402,12 @@ void sk_add_rotary(sk_program* program, const sk_rows* qkv, int32_t heads, const
 
 void sk_add_attention(sk_program* program, const sk_rows* queries, int32_t heads, const sk_cache* cache, float scale,
                       float soft_cap, int32_t window, const sk_rows* out) {
-  auto& op = program->add<AttentionOperation>();
-  op.op = {*queries, *out, *cache, heads, window, scale, soft_cap};
-  op.threads = program->pool->pool.threads();
-  program->add<Combine>().from = &op;
+  const Attention op = {*queries, *out, *cache, heads, window, scale, soft_cap};
+  const AttentionPlan* plan = program->plan_of(op);
+  auto& attention = program->add<AttentionOperation>();
+  attention.op = op, attention.plan = plan;
+  auto& combine = program->add<Combine>();
+  combine.op = op, combine.plan = plan;
 }
 
 void sk_argmax(sk_pool* pool, const float* logits, int64_t rows, int64_t cols, int64_t stride, int64_t* ids,

@@ -15,15 +15,16 @@ from torch.optim import Optimizer
 
 from common_platform.errors import TrainingError
 from trainkit import checkpoint
+from trainkit.data.hooks import DataHooks
 from trainkit.hparams import HyperParameters
-from trainkit.loop.move import to_device
+from trainkit.move import to_device
 
 if TYPE_CHECKING:
     from trainkit.optimizers import ManagedOptimizer
     from trainkit.trainer import Trainer
 
 
-class TrainModule(HyperParameters, nn.Module):
+class TrainModule(HyperParameters, DataHooks, nn.Module):
     """A model with its training, validation, test and prediction steps.
 
     Override ``training_step`` and ``configure_optimizers``; everything else is optional. The hooks of
@@ -56,15 +57,15 @@ class TrainModule(HyperParameters, nn.Module):
             The loss, a scalar tensor with a gradient; or ``{"loss": loss, "weight": w, ...}`` where ``loss`` is a mean
             over ``w`` items (tokens, say), so that accumulated batches are averaged by items; or None to skip it.
         """
-        raise _unwritten(self, "training_step")
+        raise self._unwritten("training_step")
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """One validation batch, ``validation_step(self, batch, batch_idx, dataloader_idx=0)``; log what it finds."""
-        raise _unwritten(self, "validation_step")
+        raise self._unwritten("validation_step")
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """One batch of ``Trainer.test``, with the arguments of ``validation_step``."""
-        raise _unwritten(self, "test_step")
+        raise self._unwritten("test_step")
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """One batch of ``Trainer.predict``; the default calls the module on it."""
@@ -74,7 +75,7 @@ class TrainModule(HyperParameters, nn.Module):
         """An optimizer; several; ``([optimizers], [schedulers])``; or ``{"optimizer": ..., "lr_scheduler": ...}`` where
         the scheduler may be ``{"scheduler": s, "interval": "step" | "epoch", "frequency": 1, "monitor": "val_loss"}``.
         """
-        raise _unwritten(self, "configure_optimizers")
+        raise self._unwritten("configure_optimizers")
 
     def configure_model(self) -> None:
         """Make layers that are too large to be made twice; called before they are needed, maybe more than once."""
@@ -83,31 +84,7 @@ class TrainModule(HyperParameters, nn.Module):
         """Callbacks of the module's own: they take the place of the Trainer's of the same class."""
         return []
 
-    def prepare_data(self) -> None:
-        """Download and the like; called once a machine, so nothing may be kept in ``self``."""
-
-    def train_dataloader(self) -> Any:
-        raise _unwritten(self, "train_dataloader")
-
-    def val_dataloader(self) -> Any:
-        raise _unwritten(self, "val_dataloader")
-
-    def test_dataloader(self) -> Any:
-        raise _unwritten(self, "test_dataloader")
-
-    def predict_dataloader(self) -> Any:
-        raise _unwritten(self, "predict_dataloader")
-
     # --- hooks that do something unless they are overridden ---
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return to_device(batch, device)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients; ``loss`` is already scaled for accumulation and precision."""
@@ -456,7 +433,3 @@ class TrainModule(HyperParameters, nn.Module):
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
-
-
-def _unwritten(module: TrainModule, name: str) -> TrainingError:
-    return TrainingError(name, f"{type(module).__name__} has none", "a method of the module", code="user_code")

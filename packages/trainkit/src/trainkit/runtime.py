@@ -17,8 +17,8 @@ from trainkit.checkpoint import load_weights
 from trainkit.data.loaders import for_rank
 from trainkit.data.seed import seed_everything
 from trainkit.loggers import Logger
-from trainkit.loop.move import to_device
 from trainkit.loop.optimization import parameters_of
+from trainkit.move import to_device
 from trainkit.optimizers import ManagedOptimizer
 from trainkit.precision import make_precision
 from trainkit.strategies import Strategy, make_strategy

@@ -36,10 +36,10 @@ from trainkit.hooks import HookCaller, is_written
 from trainkit.loggers import Logger
 from trainkit.loop.evaluate import PREDICTION, TEST, VALIDATION, Evaluation, evaluate, inference
 from trainkit.loop.fit import FitLoop, Progress
-from trainkit.loop.move import to_device
 from trainkit.loop.optimization import parameters_of
 from trainkit.loop.results import Results
 from trainkit.module import TrainModule
+from trainkit.move import to_device
 from trainkit.optimizers import ManagedOptimizer, SchedulerSetup, understand
 from trainkit.precision import Precision, make_precision
 from trainkit.signals import EXIT_STATUS, heeding_sigterm

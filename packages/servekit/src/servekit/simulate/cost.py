@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from common_platform.errors import ConfigError, ResourceError
+from common_platform.errors import ConfigError
+from servekit.simulate.files import write_json
 
 
 class StepShape(NamedTuple):
@@ -58,10 +59,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Raises:
             ResourceError: the file cannot be written.
         """
-        try:
-            Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
-        except OSError as error:
-            raise ResourceError("cost", str(path), f"a file that can be written ({error})", flag="--out") from error
+        write_json(self, path, "cost", flag="--out")
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> CostModel:

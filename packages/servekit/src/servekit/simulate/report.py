@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from common_platform.errors import ResourceError
+from servekit.simulate.files import write_json
 from servekit.simulate.record import Record, Sample
 from servekit.simulate.replica import Replica
 from servekit.simulate.simulation import Outcome
@@ -113,10 +113,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             ResourceError: the file cannot be written.
         """
-        try:
-            Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
-        except OSError as error:
-            raise ResourceError("json", str(path), f"a file that can be written ({error})", flag="--json") from error
+        write_json(self, path, "json", flag="--json")
 
 
 def latency(seconds: Sequence[float], counts: Sequence[int] | None = None) -> Latency | None:

@@ -8,50 +8,25 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from common_platform.errors import TrainingError
 from trainkit import checkpoint
+from trainkit.data.hooks import DataHooks
 from trainkit.hparams import HyperParameters
-from trainkit.loop.move import to_device
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
 
 
-class DataModule(HyperParameters):
+class DataModule(HyperParameters, DataHooks):
     """The loaders of a run and what must be done before they exist. Override what is needed."""
 
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
-
-    def prepare_data(self) -> None:
-        """Download and the like; called once a machine, so nothing may be kept in ``self``."""
 
     def setup(self, stage: str) -> None:
         """Called on every rank, before the loaders are asked for; ``stage`` is fit, validate, test or predict."""
 
     def teardown(self, stage: str) -> None:
         """Called when the stage is over."""
-
-    def train_dataloader(self) -> Any:
-        raise _unwritten(self, "train_dataloader")
-
-    def val_dataloader(self) -> Any:
-        raise _unwritten(self, "val_dataloader")
-
-    def test_dataloader(self) -> Any:
-        raise _unwritten(self, "test_dataloader")
-
-    def predict_dataloader(self) -> Any:
-        raise _unwritten(self, "predict_dataloader")
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return to_device(batch, device)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch
 
     def on_exception(self, exception: BaseException) -> None:
         """A stage was left by ``exception``."""
@@ -104,7 +79,3 @@ class _LoaderOf:
 
     def __call__(self) -> Any:
         return torch.utils.data.DataLoader(self._dataset, shuffle=self._shuffle, **self._settings)
-
-
-def _unwritten(module: DataModule, name: str) -> TrainingError:
-    return TrainingError(name, f"{type(module).__name__} has none", "a method of the data module", code="user_code")

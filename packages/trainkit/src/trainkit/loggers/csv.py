@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainkit.loggers.base import Logger
-from trainkit.loggers.versions import version_folder
+from trainkit.loggers.folder import FolderLogger
 
 
-class CSVLogger(Logger):
+class CSVLogger(FolderLogger):
     """``metrics.csv`` in ``save_dir/name/version``: a row a call, a column a metric, ``step`` first.
 
     Args:
@@ -31,31 +30,12 @@ class CSVLogger(Logger):
         prefix: str = "",
         flush_logs_every_n_steps: int = 20,
     ) -> None:
-        root = Path(save_dir, name or "")
-        self.save_dir, self._name, self._prefix = str(save_dir), name, prefix
-        self._folder = root / version_folder(root, version)
+        super().__init__(save_dir, name, version, prefix)
         self._flush_every = flush_logs_every_n_steps
         self._columns: list[str] = ["step"]
         self._rows: list[dict[str, Any]] = []
         self._written = False
         self._count = 0
-
-    @property
-    def log_dir(self) -> str:
-        return str(self._folder)
-
-    @property
-    def root_dir(self) -> str:
-        return str(self._folder.parent)
-
-    @property
-    def name(self) -> str | None:
-        return self._name
-
-    @property
-    def version(self) -> int | str | None:
-        number = self._folder.name.removeprefix("version_")
-        return int(number) if number.isdigit() else self._folder.name
 
     @property
     def _path(self) -> Path:
@@ -66,8 +46,7 @@ class CSVLogger(Logger):
         (self._folder / "hparams.json").write_text(json.dumps(dict(params), indent=2, default=str) + "\n")
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        named = {f"{self._prefix}-{name}": value for name, value in metrics.items()} if self._prefix else metrics
-        self._rows.append({"step": step, **named})
+        self._rows.append({"step": step, **self._named(metrics)})
         if len(self._rows) >= self._flush_every:
             self.save()
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from common_platform.errors import ResourceError
-from trainkit.loggers.base import Logger
-from trainkit.loggers.versions import version_folder
+from trainkit.loggers.folder import FolderLogger
 
 
-class TensorBoardLogger(Logger):
+class TensorBoardLogger(FolderLogger):
     """Event files in ``save_dir/name/version``, written by torch's ``SummaryWriter``.
 
     Args:
@@ -35,9 +34,8 @@ class TensorBoardLogger(Logger):
     ) -> None:
         if find_spec("tensorboard") is None:
             raise ResourceError("TensorBoardLogger", "tensorboard", "installed: pip install 'trainkit[tensorboard]'")
-        root = Path(save_dir, name or "")
-        self.save_dir, self._name, self._prefix, self._settings = str(save_dir), name, prefix, settings
-        self._folder = root / version_folder(root, version)
+        super().__init__(save_dir, name, version, prefix)
+        self._settings = settings
         self._writer: Any = None
 
     @property
@@ -48,22 +46,9 @@ class TensorBoardLogger(Logger):
             self._writer = writer(log_dir=str(self._folder), **self._settings)
         return self._writer
 
-    @property
-    def log_dir(self) -> str:
-        return str(self._folder)
-
-    @property
-    def name(self) -> str | None:
-        return self._name
-
-    @property
-    def version(self) -> int | str | None:
-        number = self._folder.name.removeprefix("version_")
-        return int(number) if number.isdigit() else self._folder.name
-
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            self.experiment.add_scalar(f"{self._prefix}-{name}" if self._prefix else name, value, step)
+        for name, value in self._named(metrics).items():
+            self.experiment.add_scalar(name, value, step)
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
         if params:
