@@ -46,7 +46,16 @@ def tests(session: nox.Session) -> None:
     """All tests but those marked slow or gpu."""
     install(session, *REAL_MODEL, *TEST_NEEDS, *CLIENTS, *TEST_EXTRAS, *TRAIN_EXTRAS, *KERNEL_NEEDS)
     session.run("python", "-m", "common_platform.embedded", silent=True)  # made once, before the workers start
-    chosen = session.posargs or ["-m", "not slow and not gpu", "-n", "2", "--dist", "loadfile"]
+    chosen = session.posargs or [
+        "-m",
+        "not slow and not gpu",
+        "-n",
+        "2",
+        "--dist",
+        "loadfile",
+        "--ignore",
+        "tests/kernels",
+    ]
     session.run("python", "-m", "pytest", *chosen, env={"OMP_NUM_THREADS": "1"})
 
 
@@ -55,6 +64,17 @@ def core(session: nox.Session) -> None:
     """The scheduler, the blocks and the cache alone: seconds, and no torch is imported."""
     install(session, "pytest", "pytest-timeout", "hypothesis")
     session.run("python", "-m", "pytest", "tests/servekit/core", "-m", "not slow", *session.posargs)
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """The Triton kernels without a GPU: compiled for real devices, then interpreted in another process."""
+    install(session, *REAL_MODEL, *TEST_NEEDS, *KERNEL_NEEDS)
+    session.run("python", "-m", "pytest", "tests/kernels", "-n", "2", *session.posargs)
+    interpreted = ["-k", "triton", "-m", "not slow", "-n", "2", *session.posargs]
+    folders = [folder for folder in ("tests/servekit", "tests/trainkit") if Path(folder, "kernels").is_dir()]
+    env = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    session.run("python", "-m", "pytest", *(f"{folder}/kernels" for folder in folders), *interpreted, env=env)
 
 
 @nox.session
@@ -126,7 +146,7 @@ def _use_alone(session: nox.Session, name: str, dist: Path) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Every benchmark, quick unless told otherwise: `nox -s bench -- --json benchmarks/NAME.py`."""
-    install(session, *REAL_MODEL, *TEST_NEEDS, *CLIENTS)
+    install(session, *REAL_MODEL, *TEST_NEEDS, *CLIENTS, *KERNEL_NEEDS)
     chosen = [arg for arg in session.posargs if arg.endswith(".py")]
     flags = [arg for arg in session.posargs if not arg.endswith(".py")] or ["--quick"]
     scripts = chosen or sorted(

@@ -434,12 +434,17 @@ def info() -> int:
     """What this machine has, and which kernels are here."""
     from common_platform.__main__ import report
     from common_platform.platforms import detect
+    from servekit.kernels.choice import chosen
 
+    platform = detect()
     click.echo(f"servekit {__version__}")
-    click.echo(report(detect()))
+    click.echo(report(platform))
     click.echo(f"CPU kernels: {_cpu_kernels()}")
+    choice = chosen(platform)
     for name, backends in _kernels().items():
-        click.echo(f"kernel {name}: {', '.join(backends)}")
+        backend, reason = choice.get(name, ("", ""))
+        note = f" -> {backend}" + (f" ({reason})" if reason else "") if backend else ""
+        click.echo(f"kernel {name}: {', '.join(backends)}{note}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -19,3 +20,22 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """``x + residual`` normalised, and the sum, which is the next residual."""
     total = x + residual
     return rms_norm(total, weight, eps), total
+
+
+def rms_norm_quantized(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of ``x`` (and ``residual``) in 8 bits, each row with a scale of its own.
+
+    Args:
+        dtype: int8 or a float8; a row's largest number becomes the largest of the type.
+
+    Returns:
+        ``[rows, hidden]`` in ``dtype``, the scales ``[rows]`` float32 that it is multiplied by, and the sum.
+    """
+    total = x if residual is None else x + residual
+    normed = rms_norm(total, weight, eps).float()
+    limit = 127.0 if dtype == torch.int8 else float(torch.finfo(dtype).max)
+    scales = normed.abs().amax(dim=-1).clamp(min=1e-10) / limit
+    steps = normed / scales[:, None]
+    return (steps.round() if dtype == torch.int8 else steps).to(dtype), scales, total

@@ -1,0 +1,38 @@
+"""Which implementation of an operation a platform gets: data, so that ``servekit info`` can show it."""
+
+from __future__ import annotations
+
+import pkgutil
+from typing import Any
+
+import torch
+
+from common_platform.kernels import runs_triton
+from common_platform.platforms import Platform
+
+TRITON = "triton_backend"
+GPU = ("cuda", "rocm", "xpu")  # platforms whose kernels are Triton's
+BACKENDS: dict[str, tuple[str, ...]] = {  # operation -> its modules, the best first; the last one runs anywhere
+    "rms_norm": (TRITON, "fused"),
+}
+
+
+def backend_of(operation: str, platform: str) -> str:
+    """The module of ``operation`` that runs on ``platform`` (``Platform.name``)."""
+    return next(name for name in BACKENDS[operation] if name != TRITON or platform in GPU)
+
+
+def function_of(operation: str, function: str, platform: str) -> Any:
+    """``function`` of the module that ``backend_of`` names, which is imported now and not before."""
+    return pkgutil.resolve_name(f"servekit.kernels.{operation}.{backend_of(operation, platform)}:{function}")
+
+
+def chosen(platform: Platform) -> dict[str, tuple[str, str]]:
+    """For each operation the backend of ``platform``, and why it is not the best one (empty where it is)."""
+    missing = runs_triton(torch.device(platform.device_type)) if platform.name in GPU else None
+    found = {}
+    for operation, backends in sorted(BACKENDS.items()):
+        backend = backend_of(operation, platform.name)
+        reason = f"{backends[0]} is for {', '.join(GPU)}" if backend != backends[0] else ""
+        found[operation] = (backend, missing or reason if backend == TRITON else reason)
+    return found
