@@ -13,6 +13,8 @@ from common_platform.platforms import Platform
 TRITON = "triton_backend"
 GPU = ("cuda", "rocm", "xpu")  # platforms whose kernels are Triton's
 BACKENDS: dict[str, tuple[str, ...]] = {  # operation -> its modules, the best first; the last one runs anywhere
+    "quantize": (TRITON, "reference"),
+    "quantized_linear": (TRITON, "reference"),
     "rms_norm": (TRITON, "fused"),
 }
 
