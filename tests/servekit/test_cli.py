@@ -43,12 +43,16 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         pytest.param(["M", "--port", "70000"], 2, ["--port", "70000", "65535"], id="cli-002"),
         pytest.param(["M", "--host", EVERYWHERE], 3, ["host", "--api-key", "--insecure-no-auth"], id="cli-004"),
         pytest.param(["M", "--max-model-len", "0"], 3, ["--max-model-len", "0"], id="cli-005"),
+        pytest.param(["M", "--gpu-memory-utilization", "1.5"], 3, ["--gpu-memory", "1.5", "(0,1]"], id="cli-009"),
+        pytest.param(["M", "--gpu-memory-utilization", "nan"], 3, ["--gpu-memory-utilization"], id="cli-010"),
         pytest.param(["M", "--api-key", ""], 3, ["api_key"], id="cli-011"),
         pytest.param(["M", "--enable-prefix-caching=maybe"], 2, ["--enable-prefix-caching"], id="cli-014"),
         pytest.param(["M", "--max-n", "17"], 3, ["--max-n", "17", "1..16"], id="limit-above-the-engine's"),
         pytest.param(["M", "--body-timeout-s", "nan"], 3, ["--body-timeout-s", "nan"], id="not-a-number"),
         pytest.param(["M", "--block-size", "24"], 3, ["--block-size", "24", "(8, 16, 32, 64)"], id="block-size"),
         pytest.param(["M", "--shutdown-timeout-s", "-1"], 3, ["--shutdown-timeout-s"], id="negative-time"),
+        pytest.param(["M", "--chat-template", "no-such"], 3, ["--chat-template", "no-such"], id="no-template"),
+        pytest.param(["M", "--kv-offload-bytes", "-4"], 3, ["--kv-offload-bytes", "-4"], id="cfg-009"),
         pytest.param(["M", "--no-such-flag"], 2, ["--no-such-flag"], id="unknown-flag"),
         pytest.param(["M", "--api-key-file", "no-such-file"], 3, ["--api-key-file", "no-such-file"], id="no-key-file"),
         pytest.param(["M", "--host", "no-such-host.invalid", "--api-key", KEY], 5, ["host"], id="no-such-host"),
@@ -139,22 +143,22 @@ def test_the_real_model_is_served_and_nothing_is_said_on_stdout() -> None:
 
 def test_every_limit_and_every_engine_setting_has_a_flag() -> None:
     told = CliRunner().invoke(cli, ["serve", "--help"]).output
-    elsewhere = {"model", "device", "enable_prefix_caching", "async_scheduling", "probe_tolerance"}
+    elsewhere = {"model", "device", "enable_prefix_caching", "async_scheduling", "probe_tolerance", "grammar_limits"}
     names = set(ServerLimits.__struct_fields__) | set(EngineConfig.__struct_fields__) - elsewhere
     assert all("--" + name.replace("_", "-") in told for name in names)
 
 
-def test_generate_and_chat_answer_with_the_real_model() -> None:
+def test_complete_and_chat_answer_with_the_real_model() -> None:
     model = str(smollm2())
-    said = CliRunner().invoke(cli, ["generate", model, "The capital of France is", "--max-tokens", "4"])
+    said = CliRunner().invoke(cli, ["complete", model, "The capital of France is", "--max-tokens", "4"])
     assert (said.exit_code, said.stderr) == (0, "")
     assert "Paris" in said.stdout
     question = "What is the capital of France?\n"
     assert "Paris" in CliRunner().invoke(cli, ["chat", model, "--max-tokens", "12"], input=question).stdout
 
 
-def test_generate_refuses_what_the_sampler_would() -> None:
-    ended = run("generate", "M", "x", "--temperature", "9")
+def test_complete_refuses_what_the_sampler_would() -> None:
+    ended = run("complete", "M", "x", "--temperature", "9")
     assert ended.returncode == 3
     assert ended.stderr.startswith("error: temperature: got 9")
 
@@ -162,3 +166,69 @@ def test_generate_refuses_what_the_sampler_would() -> None:
 def test_info_and_version() -> None:
     assert "kernel paged_attention" in run("info").stdout
     assert run("--version").stdout.strip().endswith(servekit.__version__)
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"  # cfg-013
+    path.write_text(f'speculative-config: \'{{"model": "{tiny_model}", "num_speculative_tokens": 2}}\'\n')
+    ended = run("serve", str(smollm2()), "--port", "0", "--config", str(path), "--max-model-len", "512")
+    first = ended.stderr.splitlines()[0]
+    assert (ended.returncode, ended.stdout) == (3, "")
+    assert all(word in first for word in ("speculative_config.model", "258", "49152")), ended.stderr
+
+
+def test_a_share_of_the_memory_sizes_the_cache(tiny_model: Path) -> None:
+    """The share is of all memory; what the process has taken already counts against it."""
+    ended = run("serve", str(tiny_model), "--port", "0", "--gpu-memory-utilization", "0.000001")
+    assert ended.returncode == 3
+    assert "kv_cache_memory_bytes: got 0" in ended.stderr.splitlines()[0]
+    said = CliRunner().invoke(cli, ["complete", str(tiny_model), "x", "--gpu-memory-utilization", "0.9"])
+    assert said.exit_code == 0, said.output
+
+
+def test_variables_stand_for_the_flags_of_every_command(tiny_model: Path) -> None:
+    def said(**env: str) -> subprocess.CompletedProcess[str]:
+        return run("complete", str(tiny_model), "x", SERVEKIT_DTYPE="float32", **env)
+
+    short, longer = said(SERVEKIT_MAX_TOKENS="2"), said(SERVEKIT_MAX_TOKENS="8")
+    assert len(longer.stdout) > len(short.stdout) > 0
+    assert longer.stdout.startswith(short.stdout.rstrip("\n"))
+    wrong = said(SERVEKIT_MAX_TOKENS="many")
+    assert wrong.returncode == 3
+    assert "SERVEKIT_MAX_TOKENS" in wrong.stderr.splitlines()[0]
+    assert run("simulate", "fit", "no-such-profile", SERVEKIT_OUT="x", SERVEKIT_NUM_REQUESTS="few").returncode == 3
+
+
+def test_chat_and_complete_talk_to_a_running_server(tiny_model: Path, tmp_path: Path) -> None:
+    server = ServerProcess(tiny_model, env={"SERVEKIT_API_KEY": KEY})
+    keys = tmp_path / "keys"
+    keys.write_text(KEY)
+    try:
+        completed = run("complete", server.url, "hello", "--max-tokens", "6", SERVEKIT_API_KEY=KEY)
+        here = run("complete", str(tiny_model), "hello", "--max-tokens", "6", "--dtype", "float32")
+        assert (completed.returncode, completed.stdout) == (0, here.stdout)
+        command = ["chat", server.url, "--system", "be brief", "--max-tokens", "4", "--api-key-file", str(keys)]
+        talked = CliRunner().invoke(cli, command, input="one\n\ntwo\n")
+        assert (talked.exit_code, len(talked.stdout) > 2) == (0, True), talked.output
+        refused = run("complete", server.url, "hello")
+        assert refused.returncode == 3
+        assert "API key" in refused.stderr.splitlines()[0]
+        too_long = run("complete", server.url, "hello", "--max-tokens", "5000", SERVEKIT_API_KEY=KEY)
+        assert too_long.returncode == 3
+        assert "max_tokens" in too_long.stderr.splitlines()[0]
+    finally:
+        server.stop()
+    assert run("complete", server.url, "hello").returncode == 5
+
+
+def test_another_chat_template_may_be_given(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text("{{ messages[0].content }}, as told")
+    server = ServerProcess(tiny_model, "--chat-template", str(path))
+    try:
+        with server.client() as client:
+            body = {"model": "M", "messages": [{"role": "user", "content": "hi"}]}
+            tokens = client.post("/tokenize", json=body).json()["tokens"]
+            assert client.post("/detokenize", json={"model": "M", "tokens": tokens}).json()["prompt"] == "hi, as told"
+    finally:
+        server.stop()

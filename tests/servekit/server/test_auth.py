@@ -49,11 +49,12 @@ def code(response: httpx.Response) -> str:
 
 @pytest.mark.parametrize(("method", "path"), [route for route in ROUTES if route != ("GET", "/health")])
 def test_every_route_wants_the_key(http: httpx.Client, method: str, path: str) -> None:
+    """srv-156, srv-157, srv-158, srv-159, srv-160, srv-161, srv-162."""
     assert code(http.request(method, path)) == "missing_api_key"
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/metrics", "/docs", "/openapi.json", "//v1/completions", "/"])
-def test_so_does_a_route_that_is_not_there(http: httpx.Client, path: str) -> None:
+def test_so_does_a_route_that_is_not_there(http: httpx.Client, path: str) -> None:  # srv-163, srv-164, srv-171
     assert code(http.get(f"{str(http.base_url).rstrip('/')}{path}")) == "missing_api_key"
 
 
@@ -62,7 +63,7 @@ def test_health_is_open_to_get_only(http: httpx.Client, method: str) -> None:
     assert code(http.request(method, "/health")) == "missing_api_key"
 
 
-def test_health_is_open_and_says_nothing(http: httpx.Client) -> None:
+def test_health_is_open_and_says_nothing(http: httpx.Client) -> None:  # srv-172
     response = http.get("/health")
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
 
@@ -72,19 +73,20 @@ def test_health_is_open_and_says_nothing(http: httpx.Client) -> None:
     [f"Bearer {KEY[:-1]}", f"Bearer {KEY}x", f"Basic {KEY}", "Bearer", KEY, f"Bearer {KEY} {KEY}", "Bearer \xff"],
 )
 def test_a_wrong_key_is_refused(locked: ServerProcess, http: httpx.Client, given: str) -> None:
+    """srv-165, srv-167, srv-168."""
     response = http.get("/v1/models", headers=[(b"Authorization", given.encode("latin-1"))])
     assert code(response) == "invalid_api_key"
     assert KEY[:8] not in response.text
     assert not any(KEY in line for line in locked.said)
 
 
-def test_two_headers_are_none(http: httpx.Client) -> None:
+def test_two_headers_are_none(http: httpx.Client) -> None:  # srv-169
     headers = [("Authorization", f"Bearer {KEY}"), ("Authorization", "Bearer wrong-wrong")]
     assert code(http.get("/v1/models", headers=headers)) == "invalid_api_key"
     assert code(http.get("/v1/models", headers=headers[::-1])) == "invalid_api_key"
 
 
-def test_the_host_header_opens_nothing(locked: ServerProcess) -> None:
+def test_the_host_header_opens_nothing(locked: ServerProcess) -> None:  # srv-170
     with socket.create_connection(("127.0.0.1", locked.port), timeout=10) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a/health?\r\nContent-Length: 0\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 401")
@@ -96,7 +98,7 @@ def test_each_key_opens_the_server(locked: ServerProcess, key: str) -> None:
         assert client.completions.create(model="M", prompt="x", max_tokens=2).usage.completion_tokens > 0
 
 
-def test_keys_do_not_share_cached_prefixes(http: httpx.Client) -> None:
+def test_keys_do_not_share_cached_prefixes(http: httpx.Client) -> None:  # srv-187
     def cached(key: str, **more: str) -> int:
         body = completion(prompt="a prompt of more than one block of tokens", **more)
         answer = http.post(COMPLETIONS, json=body, headers={"Authorization": f"Bearer {key}"}).json()

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.servekit.server.canary import Sight, canary
 from tests.servekit.server.processes import ServerProcess
 from tests.servekit.server.rows import CHAT, COMPLETIONS, ROWS, Row, chat, completion
 
@@ -31,20 +32,14 @@ def send(http: httpx.Client, row: Row) -> httpx.Response:
     return http.request(row.method, row.path, content=content, headers=headers)
 
 
-def canary(http: httpx.Client) -> list[int]:
-    assert http.get("/health").json() == {"status": "ok"}
-    body = completion(prompt="canary", max_tokens=6, temperature=0, return_token_ids=True, ignore_eos=True)
-    return http.post(COMPLETIONS, json=body).json()["choices"][0]["token_ids"]
-
-
 @pytest.fixture(scope="module")
-def baseline(server: ServerProcess) -> list[int]:
+def baseline(server: ServerProcess) -> Sight:
     with server.client() as client:
         return canary(client)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.id for row in ROWS])
-def test_bad_row(server: ServerProcess, http: httpx.Client, baseline: list[int], row: Row) -> None:
+def test_bad_row(server: ServerProcess, http: httpx.Client, baseline: Sight, row: Row) -> None:
     response = send(http, row)
     body = response.json()
     assert (response.status_code, body["error"]["code"], body["error"]["param"]) == (row.status, row.code, row.param), (

@@ -98,7 +98,7 @@ def test_a_chunked_body_is_cut_at_the_limit(strict: ServerProcess) -> None:
     assert healthy(strict)
 
 
-def test_a_slow_body_is_answered_408(strict: ServerProcess) -> None:
+def test_a_slow_body_is_answered_408(strict: ServerProcess) -> None:  # srv-026, and 200 of them in test_bad_moments
     with connect(strict) as connection:
         connection.sendall(head(100) + b"{")
         started = time.monotonic()
@@ -109,7 +109,7 @@ def test_a_slow_body_is_answered_408(strict: ServerProcess) -> None:
     assert time.monotonic() - started < 3
 
 
-def test_slow_headers_end_the_connection(strict: ServerProcess) -> None:
+def test_slow_headers_end_the_connection(strict: ServerProcess) -> None:  # srv-027
     with connect(strict) as connection:
         connection.sendall(b"POST /v1/comp")
         started = time.monotonic()
@@ -118,7 +118,7 @@ def test_slow_headers_end_the_connection(strict: ServerProcess) -> None:
 
 
 @pytest.mark.parametrize("lines", [b"X: " + b"a" * (10 << 20), b"\r\n".join(b"a%d: 12345" % i for i in range(10_000))])
-def test_large_headers_are_answered_431(strict: ServerProcess, lines: bytes) -> None:
+def test_large_headers_are_answered_431(strict: ServerProcess, lines: bytes) -> None:  # srv-028, srv-029
     with connect(strict) as connection:
         try:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n\r\n")
@@ -130,7 +130,7 @@ def test_large_headers_are_answered_431(strict: ServerProcess, lines: bytes) -> 
     assert healthy(strict)
 
 
-def test_a_truncated_body_never_reaches_the_engine(strict: ServerProcess) -> None:
+def test_a_truncated_body_never_reaches_the_engine(strict: ServerProcess) -> None:  # srv-031
     before = len(strict.log_lines())
     with connect(strict) as connection:
         connection.sendall(head(100) + b"x" * 50)
@@ -138,7 +138,7 @@ def test_a_truncated_body_never_reaches_the_engine(strict: ServerProcess) -> Non
     assert healthy(strict)
 
 
-def test_a_full_queue_is_refused_at_once(strict: ServerProcess) -> None:
+def test_a_full_queue_is_refused_at_once(strict: ServerProcess) -> None:  # srv-179
     body = completion(max_tokens=1000, ignore_eos=True)
     with httpx.Client(base_url=strict.url, timeout=30) as client:
         streams = [client.stream("POST", COMPLETIONS, json=body | {"stream": True}) for _ in range(2)]
@@ -160,7 +160,7 @@ def test_a_full_queue_is_refused_at_once(strict: ServerProcess) -> None:
         assert wait_until(lambda: client.post(COMPLETIONS, json=completion()).status_code == 200)
 
 
-def test_who_does_not_read_is_cut_off(strict: ServerProcess) -> None:
+def test_who_does_not_read_is_cut_off(strict: ServerProcess) -> None:  # srv-183
     body = completion(prompt=[5] * 1000, n=16, echo=True, logprobs=20, stream=True)
     data = json.dumps(body).encode()
     connection = socket.socket()

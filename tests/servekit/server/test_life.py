@@ -37,7 +37,7 @@ def events(response: httpx.Response) -> list[str]:
     return [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
 
 
-def test_a_caller_who_leaves_frees_what_the_request_held(lasting: ServerProcess) -> None:
+def test_a_caller_who_leaves_frees_what_the_request_held(lasting: ServerProcess) -> None:  # srv-181
     """Six long requests fill the server; were any left running, the seventh would be refused or wait for seconds."""
     with lasting.client() as client:
         for path, body in ((COMPLETIONS, LONG | {"n": 2}), (CHAT, chat(max_tokens=900, ignore_eos=True))):
@@ -55,7 +55,7 @@ def test_a_caller_who_leaves_frees_what_the_request_held(lasting: ServerProcess)
     assert len(gone) == 6
 
 
-def test_an_engine_that_hangs_is_not_healthy(lasting: ServerProcess) -> None:
+def test_an_engine_that_hangs_is_not_healthy(lasting: ServerProcess) -> None:  # srv-185
     def health() -> int:
         return httpx.get(f"{lasting.url}/health").status_code
 
@@ -69,7 +69,7 @@ def test_an_engine_that_hangs_is_not_healthy(lasting: ServerProcess) -> None:
     assert wait_until(lambda: health() == 200, 6)
 
 
-def test_sigterm_lets_answers_end_and_takes_no_more(own: ServerProcess) -> None:
+def test_sigterm_lets_answers_end_and_takes_no_more(own: ServerProcess) -> None:  # cli-018
     with own.client() as client:
         with client.stream("POST", COMPLETIONS, json=LONG | {"stream": True}) as response:
             own.process.send_signal(signal.SIGTERM)
@@ -81,7 +81,7 @@ def test_sigterm_lets_answers_end_and_takes_no_more(own: ServerProcess) -> None:
     assert not is_alive(own.engine_pid)
 
 
-def test_a_second_signal_cuts_off_at_once(own: ServerProcess) -> None:
+def test_a_second_signal_cuts_off_at_once(own: ServerProcess) -> None:  # cli-019
     with own.client() as client, client.stream("POST", COMPLETIONS, json=LONG | {"stream": True}) as response:
         own.process.send_signal(signal.SIGINT)
         time.sleep(0.2)

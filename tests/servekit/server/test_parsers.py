@@ -201,13 +201,19 @@ def test_arguments_come_while_they_are_written() -> None:
     assert not parser.add('"').content
 
 
-def test_python_is_read_and_never_run() -> None:
+def test_python_is_read_and_never_run() -> None:  # grm-025
     text = "[f(a=-1.5, b='it\\'s', c=[1, (2, None)], d={'k': True}, e=\"\\u00e9\\n\")]"
     call = ast.parse(text, mode="eval").body.elts[0]  # type: ignore[attr-defined]
     wanted = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     found = calls_of(parsed(TOOL_PARSERS["pythonic"], [text]))[0][1]
     assert found == json.loads(json.dumps(wanted))
-    for evil in ("[f(a=__import__('os').system('x'))]", "[f(a=g(1))]", "[" * 500, f"[f(a={'[' * 500})]"):
+    for evil in (
+        '[f(x=__import__("os").system("x"))]',
+        "[f(a=__import__('os').system('x'))]",
+        "[f(a=g(1))]",
+        "[" * 500,
+        f"[f(a={'[' * 500})]",
+    ):
         assert parsed(TOOL_PARSERS["pythonic"], [evil]) == ("", evil, [])
 
 

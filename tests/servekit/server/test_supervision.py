@@ -41,7 +41,7 @@ def status(server: ServerProcess, path: str = "/health") -> int:
     return httpx.get(f"{server.url}{path}", timeout=5).status_code
 
 
-def test_streams_break_with_an_error_and_health_says_so_at_once(hardy: ServerProcess) -> None:
+def test_streams_break_with_an_error_and_health_says_so_at_once(hardy: ServerProcess) -> None:  # srv-184
     with hardy.client() as client, client.stream("POST", COMPLETIONS, json=LONG | {"stream": True}) as response:
         lines = response.iter_lines()
         next(lines)

@@ -7,7 +7,7 @@ import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -34,7 +34,8 @@ ENGINE_HELP = {
     "num_threads": "CPU threads; 0: torch's choice.",
     "max_model_len": "Longest context in tokens; unset: what the model was made for.",
     "block_size": "Tokens per KV block.",
-    "kv_cache_memory_bytes": "Memory for keys and values; unset: 40 % of what is free, at most 4 GiB.",
+    "kv_cache_memory_bytes": "Memory for keys and values; unset: by --gpu-memory-utilization.",
+    "gpu_memory_utilization": "Share of the memory for weights, keys and values; unset: 40 % of what is free, 4 GiB.",
     "kv_offload_bytes": "Size of a second tier for prefixes that left the cache; 0: none.",
     "kv_offload_folder": "Keep that tier on the disk of this folder; unset: in host memory.",
     "max_num_seqs": "Sequences computed together.",
@@ -70,7 +71,11 @@ def engine_options(command: Command) -> Command:
         help='Drafts: {"num_speculative_tokens": 4} by prompt lookup, {"model": PATH} by a draft model.',
     )(command)
     prefix = click.option(
-        "--enable-prefix-caching/--no-prefix-caching", default=True, show_default=True, help="Reuse shared prefixes."
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        " /--no-prefix-caching",
+        default=True,
+        show_default=True,
+        help="Reuse shared prefixes.",
     )
     return prefix(command)
 
@@ -110,8 +115,12 @@ def budget_options(command: Command) -> Command:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="servekit")
 @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
-def cli(debug: bool) -> None:
-    """Serve a language model, or run one here."""
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """Serve a language model, or run one here. Each flag of a command is also a variable: --seed is SERVEKIT_SEED."""
+    name = context.invoked_subcommand or ""
+    if name in cli.commands and name != "serve":  # which reads a file beside them
+        context.default_map = {name: settings.from_environment(cli.commands[name], os.environ)}
 
 
 @cli.command()
@@ -148,6 +157,7 @@ def cli(debug: bool) -> None:
 )
 @click.option("--reasoning-parser", default="auto", show_default=True, help="How it writes reasoning; none: as text.")
 @click.option("--allow-request-chat-template", is_flag=True, help="Let callers bring a chat template.")
+@click.option("--chat-template", default=None, help="A file with the chat template; unset: the model's own.")
 @click.option("--pooling", default="auto", show_default=True, help="How /v1/embeddings works: none, last or mean.")
 @click.option("--shutdown-timeout-s", "--drain-s", default=30.0, show_default=True, help="Seconds for requests to end.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
@@ -176,6 +186,7 @@ def serve(
     tool_call_parser: str,
     reasoning_parser: str,
     allow_request_chat_template: bool,
+    chat_template: str | None,
     pooling: str,
     shutdown_timeout_s: float,
     log_level: str,
@@ -205,11 +216,12 @@ def serve(
         tool_call_parser=tool_call_parser,
         reasoning_parser=reasoning_parser,
         allow_request_chat_template=allow_request_chat_template,
+        chat_template=chat_template,
         pooling=pooling,
         shutdown_timeout_s=shutdown_timeout_s,
         limits=ServerLimits(**limits),
     )
-    engine_config = EngineConfig(model=str(model), **more)
+    engine_config = EngineConfig(model=str(model), grammar_limits=config.limits.grammar(), **more)
     _configure_logs(log_level)
     from servekit.server.run import serve as run_server
 
@@ -235,55 +247,100 @@ def _key_from_environment(name: str) -> tuple[str, ...]:
     return () if key is None else (key,)
 
 
+def talk_options(command: Command) -> Command:
+    """How an answer is drawn, and the key of a server that is asked."""
+    options = [
+        click.option("--temperature", default=0.0, show_default=True),
+        click.option("--top-p", default=1.0, show_default=True),
+        click.option("--seed", type=int, default=None),
+        click.option("--api-key-file", type=click.Path(path_type=Path), help=f"Of a server. Also: {KEY_VARIABLE}."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model")
 @click.argument("prompt")
 @click.option("--max-tokens", default=64, show_default=True)
-@click.option("--temperature", default=0.0, show_default=True)
-@click.option("--top-p", default=1.0, show_default=True)
-@click.option("--seed", type=int, default=None)
+@talk_options
 @click.option("--chat", is_flag=True, help="Put PROMPT through the model's chat template.")
 @engine_options
-def generate(
-    model: Path,
+def complete(
+    model: str,
     prompt: str,
     max_tokens: int,
     temperature: float,
     top_p: float,
     seed: int | None,
+    api_key_file: Path | None,
     chat: bool,
     **settings: Any,
 ) -> int:
-    """Continue PROMPT with MODEL and print the answer."""
+    """Continue PROMPT and print the answer as it comes. MODEL: a model folder, or the URL of a running server."""
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    with _load(model, settings) as llm:
-        outputs = llm.chat([{"role": "user", "content": prompt}], params) if chat else llm.generate(prompt, params)
-    click.echo(outputs[0].outputs[0].text)
+    from servekit.talk import speaker
+
+    with speaker(model, settings, _first_key(api_key_file)) as speaks:
+        pieces = speaks.chat([{"role": "user", "content": prompt}], params) if chat else speaks.complete(prompt, params)
+        _print_pieces(pieces)
     return 0
 
 
 @cli.command(name="chat")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model")
 @click.option("--system", default=None, help="What the model is told first.")
 @click.option("--max-tokens", default=256, show_default=True)
-@click.option("--temperature", default=0.0, show_default=True)
-@click.option("--seed", type=int, default=None)
+@talk_options
 @engine_options
 def talk(
-    model: Path, system: str | None, max_tokens: int, temperature: float, seed: int | None, **settings: Any
+    model: str,
+    system: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    api_key_file: Path | None,
+    **settings: Any,
 ) -> int:
-    """Talk to MODEL: a line in, an answer out, until the input ends."""
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    """Talk until the input ends: a line in, an answer out. MODEL: a model folder, or the URL of a running server."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
-    with _load(model, settings) as llm:
-        for line in sys.stdin:
-            if not line.strip():
-                continue
-            messages.append({"role": "user", "content": line.rstrip("\n")})
-            answer = llm.chat(messages, params)[0].outputs[0].text
+    from servekit.talk import speaker
+
+    with speaker(model, settings, _first_key(api_key_file)) as speaks:
+        for line in _lines():
+            messages.append({"role": "user", "content": line})
+            answer = _print_pieces(speaks.chat(messages, params))
             messages.append({"role": "assistant", "content": answer})
-            click.echo(answer)
     return 0
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, without blank lines; who types at a terminal sees a mark."""
+    mark = "> " if sys.stdin.isatty() else ""
+    while True:
+        click.echo(mark, nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _print_pieces(pieces: Iterator[str]) -> str:
+    said = []
+    for piece in pieces:
+        said.append(piece)
+        click.echo(piece, nl=False)
+    click.echo()
+    return "".join(said)
+
+
+def _first_key(path: Path | None) -> str | None:
+    keys = read_keys(path) if path is not None else _key_from_environment(KEY_VARIABLE)
+    return keys[0] if keys else None
 
 
 def _load(model: Path, settings: dict[str, Any]) -> Any:
@@ -424,8 +481,8 @@ def top(url: str, api_key_file: Path | None, interval_s: float, times: int | Non
 
     from servekit.server.top import fetch, watch
 
-    keys = read_keys(api_key_file) if api_key_file is not None else _key_from_environment(KEY_VARIABLE)
-    watch(lambda: fetch(url, keys[0] if keys else None), Console(), interval_s=interval_s, times=times)
+    key = _first_key(api_key_file)
+    watch(lambda: fetch(url, key), Console(), interval_s=interval_s, times=times)
     return 0
 
 

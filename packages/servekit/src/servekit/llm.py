@@ -74,7 +74,7 @@ class LLM:
         self.facts = self._core.facts
         self._tracer = RequestTracer.of(config)
         self._outputs = OutputProcessor(self.tokenizer, self._tracer)
-        self._grammars = GrammarDoor(config.model, self.facts)
+        self._grammars = GrammarDoor(config.model, self.facts, config.grammar_limits)
         self._numbers = itertools.count()
 
     def generate(

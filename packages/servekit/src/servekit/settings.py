@@ -41,13 +41,28 @@ def defaults_of(command: click.Command, path: Path | None, environment: Mapping[
     Raises:
         ConfigError: a file that cannot be read, a key that is not known, a value of another type.
     """
-    options = {option.name: option for option in command.params if isinstance(option, click.Option) and option.name}
-    found = {} if path is None else _from_file(path, options)
-    for name, option in options.items():
+    found = {} if path is None else _from_file(path, _options(command))
+    return found | from_environment(command, environment)
+
+
+def from_environment(command: click.Command, environment: Mapping[str, str]) -> dict[str, Any]:
+    """What variables say of the command's flags, and below its name those of a group's commands.
+
+    Raises:
+        ConfigError: a value of another type.
+    """
+    found: dict[str, Any] = {}
+    if isinstance(command, click.Group):
+        found = {name: from_environment(inner, environment) for name, inner in command.commands.items()}
+    for name, option in _options(command).items():
         text = environment.get(PREFIX + name.upper())
         if text is not None and name not in OWN_VARIABLES:
             found[name] = _from_text(PREFIX + name.upper(), text, option)
     return found
+
+
+def _options(command: click.Command) -> dict[str, click.Option]:
+    return {option.name: option for option in command.params if isinstance(option, click.Option) and option.name}
 
 
 def _from_file(path: Path, options: Mapping[str, click.Option]) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class AsyncEngine:
 
     async def _start(self) -> None:
         self.facts = (await self._launch(self.config)).facts
-        self._grammars = GrammarDoor(self.config.model, self.facts)
+        self._grammars = GrammarDoor(self.config.model, self.facts, self.config.grammar_limits)
         self._listening = asyncio.create_task(self._listen())
         self._supervising = asyncio.create_task(self._supervise())
 

@@ -9,6 +9,7 @@ import msgspec
 from common_platform.errors import ConfigError
 from servekit.core.config import BLOCK_SIZES, POLICIES
 from servekit.execution.proposer import SpeculativeConfig
+from servekit.sampling.structured.limits import GrammarLimits
 
 GIB = 1 << 30
 
@@ -24,7 +25,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     quantization: str | None = None  # int8 | int4, of the weights; on a CPU
     max_model_len: int | None = None  # tokens; None: what the model was made for
     block_size: int = 16  # tokens per KV block
-    kv_cache_memory_bytes: int | None = None  # None: 40 % of the free memory, at most 4 GiB
+    kv_cache_memory_bytes: int | None = None  # None: by the share below
+    gpu_memory_utilization: float | None = None  # of the device's memory, weights included; None: see CACHE_SHARE
     enable_prefix_caching: bool = True
     kv_offload_bytes: int = 0  # of a second tier for evicted prefixes, in host memory or
     kv_offload_folder: str | None = None  # on this disk
@@ -36,6 +38,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     speculative_config: SpeculativeConfig | None = None  # drafts; steps are then planned one at a time
     deterministic: bool = False  # a request has the same bits whatever is computed with it; slower, and float32 only
     probe_tolerance: float | None = None  # nats; None: by dtype
+    grammar_limits: GrammarLimits = GrammarLimits()
     otlp_traces_endpoint: str | None = None  # an OpenTelemetry collector's, for a span a request
 
     def __post_init__(self) -> None:
@@ -48,6 +51,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             self._at_least("max_model_len", 2)
         if self.kv_cache_memory_bytes is not None:
             self._at_least("kv_cache_memory_bytes", 1)
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:  # also not a number
+            name = "gpu_memory_utilization"
+            raise ConfigError(name, self.gpu_memory_utilization, "a share in (0,1]", flag=self._flag(name))
         self._one_of("block_size", BLOCK_SIZES)
         self._one_of("scheduling_policy", POLICIES)
         self._one_of("dtype", ("auto", "float32", "bfloat16", "float16"))

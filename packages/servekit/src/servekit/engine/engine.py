@@ -21,7 +21,13 @@ from servekit.core.stats import SchedulerStats
 from servekit.engine.config import GIB, EngineConfig
 from servekit.engine.grammars import Grammars
 from servekit.engine.validate import EngineRequest
-from servekit.execution.executor import ExecutorConfig, InProcessExecutor, available_memory
+from servekit.execution.executor import (
+    ExecutorConfig,
+    InProcessExecutor,
+    available_memory,
+    resident_memory,
+    total_memory,
+)
 from servekit.sampling.parameters import SamplingParams
 
 PROBE_TOLERANCE = {"float32": 2e-3}  # nats; trainer and server sum in another order
@@ -65,7 +71,7 @@ class EngineCore:
         )
         self.cache = cache
         self.scheduler = Scheduler(scheduler, cache, self.executor.kv_groups)
-        self._grammars = Grammars(config.model, self.facts)
+        self._grammars = Grammars(config.model, self.facts, config.grammar_limits)
         self.executor.start(cache, scheduler, self._grammars.start)
         self._depth = 2 if plans_ahead else 1
         self._drafting: set[str] = set()  # sequences whose grammar may draft: planned when their last step is known
@@ -85,7 +91,7 @@ class EngineCore:
         """Blocks for the memory given, and the context that fits them."""
         wanted = self.executor.model_facts.max_model_len
         per_block = self.executor.bytes_per_block(config.block_size)
-        memory = config.kv_cache_memory_bytes or min(int(available_memory() * CACHE_SHARE), CACHE_MOST)
+        memory = self._cache_memory(config)
         most = config.max_num_seqs * -(-wanted // config.block_size)  # more could not be used at once
         num_blocks = min(memory // per_block, most)
         room = num_blocks * config.block_size
@@ -103,6 +109,15 @@ class EngineCore:
             num_offload_blocks=self._num_offload_blocks(config, per_block),
         )
         return cache, min(wanted, room)
+
+    def _cache_memory(self, config: EngineConfig) -> int:
+        """Bytes for keys and values: as told, or what is left of the share once the weights are there."""
+        if config.kv_cache_memory_bytes is not None:
+            return config.kv_cache_memory_bytes
+        free = available_memory()
+        if config.gpu_memory_utilization is None:
+            return min(int(free * CACHE_SHARE), CACHE_MOST)
+        return max(0, min(free, int(total_memory() * config.gpu_memory_utilization) - resident_memory()))
 
     def _num_offload_blocks(self, config: EngineConfig, per_block: int) -> int:
         kinds = [group.kind for group in self.executor.kv_groups]

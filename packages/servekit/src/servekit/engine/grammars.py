@@ -12,6 +12,7 @@ from servekit.core.facts import ModelFacts
 from servekit.sampling.parameters import StructuredOutput
 from servekit.sampling.structured.grammar import engine as library
 from servekit.sampling.structured.guard import GrammarGuard
+from servekit.sampling.structured.limits import GrammarLimits
 from servekit.sampling.structured.matcher import GrammarCompiler, GrammarState
 
 
@@ -22,9 +23,10 @@ class GrammarDoor:
         folder: the model's.
     """
 
-    def __init__(self, folder: str | Path, facts: ModelFacts) -> None:
+    def __init__(self, folder: str | Path, facts: ModelFacts, limits: GrammarLimits) -> None:
         self._folder = Path(folder)
         self._facts = facts
+        self._limits = limits
         self._guard: GrammarGuard | None = None
         self._lock = threading.Lock()
 
@@ -42,7 +44,7 @@ class GrammarDoor:
         with self._lock:
             if self._guard is None:
                 ids = self._facts.eos_token_ids
-                self._guard = GrammarGuard.for_folder(self._folder, self._facts.vocab_size, ids)
+                self._guard = GrammarGuard.for_folder(self._folder, self._facts.vocab_size, ids, self._limits)
         self._guard.check(spec)
 
     def close(self) -> None:
@@ -58,9 +60,10 @@ class Grammars:
         folder: the model's.
     """
 
-    def __init__(self, folder: str | Path, facts: ModelFacts) -> None:
+    def __init__(self, folder: str | Path, facts: ModelFacts, limits: GrammarLimits) -> None:
         self._folder = Path(folder)
         self._facts = facts
+        self._limits = limits
         self._compiler: GrammarCompiler | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="servekit-grammars")
         self._under_way: dict[Future[GrammarState], list[str]] = {}
@@ -73,7 +76,7 @@ class Grammars:
         """A state at the beginning of ``spec``; cheap once it was prepared."""
         if self._compiler is None:
             text = (self._folder / "tokenizer.json").read_text(encoding="utf-8")
-            self._compiler = GrammarCompiler(text, self._facts.vocab_size, self._facts.eos_token_ids)
+            self._compiler = GrammarCompiler(text, self._facts.vocab_size, self._facts.eos_token_ids, self._limits)
         return self._compiler.compile(spec)
 
     def finished(self, wait_s: float = 0.0) -> list[tuple[list[str], str | None]]:

@@ -266,6 +266,16 @@ def _eos(folder: ModelFolder, vocab_size: int) -> list[int]:
     return ids
 
 
+def total_memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def resident_memory() -> int:
+    """Bytes that this process has in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def available_memory() -> int:
     """Bytes of memory that a cache may take without pushing others out."""
     try:
@@ -273,4 +283,4 @@ def available_memory() -> int:
             facts = dict(line.split(":", 1) for line in lines)
         return int(facts["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        return total_memory() // 2

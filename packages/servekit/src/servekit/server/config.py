@@ -45,6 +45,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     tool_call_parser: str = "auto"  # auto | none | a name of parsers/registry.py
     reasoning_parser: str = "auto"
     allow_request_chat_template: bool = False
+    chat_template: str | None = None  # a file with another than the model's own
     pooling: str = "auto"  # auto | none | last | mean: how /v1/embeddings makes a vector of a prompt
     limits: ServerLimits = ServerLimits()
 
@@ -65,6 +66,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.api_key_file is not None:
             read_keys(self.api_key_file)  # a file that cannot be used is known before a model is loaded
         RestartPolicy(self.max_engine_restarts)
+        if self.chat_template is not None and not Path(self.chat_template).is_file():
+            raise ConfigError("chat_template", Path(self.chat_template).name, "a file", flag="--chat-template")
         self._check_admin()
         self._check_tls()
         if not (self.api_keys or self.api_key_file or self.allow_insecure_bind or is_loopback(self.host)):

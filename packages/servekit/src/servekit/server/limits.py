@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from common_platform.errors import ConfigError
 from servekit.sampling import parameters
+from servekit.sampling.structured.limits import GrammarLimits
 
 MIB = 1 << 20
 # Limits that the engine holds as well: the server's may be lower, never higher.
@@ -58,6 +59,7 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_schema_depth: Annotated[int, Meta(description="schemas inside one another")] = 32
     max_regex_chars: Annotated[int, Meta(description="characters of a regex")] = 4_096
     max_grammar_states: Annotated[int, Meta(description="states a regex may unfold to")] = 100_000
+    grammar_timeout_s: Annotated[float, Meta(description="seconds to compile a grammar")] = 5.0
     max_embedding_inputs: Annotated[int, Meta(description="inputs, documents or texts of a request")] = 2_048
     max_stored_responses: Annotated[int, Meta(description="responses kept to be asked for again")] = 1_000
     response_store_bytes: Annotated[int, Meta(description="bytes of them together")] = 256 * MIB
@@ -68,6 +70,16 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             _check_limit(name, getattr(self, name))
+
+    def grammar(self) -> GrammarLimits:
+        """Those of them that are about grammars."""
+        return GrammarLimits(
+            max_schema_bytes=self.max_schema_bytes,
+            max_schema_depth=self.max_schema_depth,
+            max_regex_chars=self.max_regex_chars,
+            max_grammar_states=self.max_grammar_states,
+            timeout_s=self.grammar_timeout_s,
+        )
 
 
 def _check_limit(name: str, value: float | None) -> None:

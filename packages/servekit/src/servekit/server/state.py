@@ -94,7 +94,10 @@ def make_state(engine: AsyncEngine, config: ServerConfig) -> ServerState:
     metrics = Metrics(config.served_model_names[0])
     embeds = embedding_model(engine.config.model, config.pooling)
     model = chat_model(
-        engine.config.model, tool_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser
+        engine.config.model,
+        tool_parser=config.tool_call_parser,
+        reasoning_parser=config.reasoning_parser,
+        template_file=config.chat_template,
     )
     return ServerState(
         engine=engine,

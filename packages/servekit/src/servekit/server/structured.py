@@ -8,7 +8,7 @@ from typing import Any
 
 from common_platform.errors import RequestError
 from servekit.sampling.parameters import StructuredOutput
-from servekit.sampling.structured.limits import GrammarLimits, check_limits
+from servekit.sampling.structured.limits import check_limits
 from servekit.server import fields as f
 from servekit.server.limits import ServerLimits
 
@@ -39,14 +39,8 @@ def structured_output(checked: Mapping[str, Any], limits: ServerLimits) -> tuple
 
 
 def _check(spec: StructuredOutput, limits: ServerLimits, names: Names) -> None:
-    grammar_limits = GrammarLimits(
-        max_schema_bytes=limits.max_schema_bytes,
-        max_schema_depth=limits.max_schema_depth,
-        max_regex_chars=limits.max_regex_chars,
-        max_grammar_states=limits.max_grammar_states,
-    )
     try:
-        check_limits(spec, grammar_limits)
+        check_limits(spec, limits.grammar())
     except RequestError as error:
         raise renamed(error, names) from error
 

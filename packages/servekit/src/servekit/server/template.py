@@ -32,13 +32,23 @@ class ChatModel:
         return "tools" in self.variables
 
 
-def chat_model(folder: str | Path, *, tool_parser: str, reasoning_parser: str) -> ChatModel:
-    """Args: tool_parser, reasoning_parser: a name, ``none``, or ``auto`` for what the template tells."""
+def chat_model(
+    folder: str | Path, *, tool_parser: str, reasoning_parser: str, template_file: str | None = None
+) -> ChatModel:
+    """What to say to the model in ``folder``, and how to read it.
+
+    Args:
+        tool_parser, reasoning_parser: a name, ``none``, or ``auto`` for what the template tells.
+        template_file: with a template to use in place of the model's own.
+
+    Raises:
+        ConfigError: a name is not known, or the template is none.
+    """
     _check("tool_call_parser", tool_parser, TOOL_PARSERS)
     _check("reasoning_parser", reasoning_parser, REASONING_PARSERS)
     with open_model_folder(folder, verify=False) as opened:
         config = opened.read_json("tokenizer_config.json") if opened.has("tokenizer_config.json") else {}
-        source = template_source(opened, config)
+        source = template_source(opened, config) if template_file is None else _text_of(template_file)
     special = special_tokens(config)
     return ChatModel(
         source=source,
@@ -47,6 +57,14 @@ def chat_model(folder: str | Path, *, tool_parser: str, reasoning_parser: str) -
         tool_parser=_chosen(tool_parser, tool_parser_of(source or "")),
         reasoning_parser=_chosen(reasoning_parser, reasoning_parser_of(source or "")),
     )
+
+
+def _text_of(template_file: str) -> str:
+    try:
+        return Path(template_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        name = Path(template_file).name
+        raise ConfigError("chat_template", name, "a readable text file", flag="--chat-template") from error
 
 
 def _variables(source: str) -> frozenset[str]:

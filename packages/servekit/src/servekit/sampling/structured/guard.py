@@ -59,8 +59,10 @@ class GrammarGuard:
         self._closed = False
 
     @classmethod
-    def for_folder(cls, folder: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> GrammarGuard:
-        return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), vocab_size, eos_token_ids)
+    def for_folder(
+        cls, folder: Path, vocab_size: int, eos_token_ids: Sequence[int], limits: GrammarLimits | None = None
+    ) -> GrammarGuard:
+        return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), vocab_size, eos_token_ids, limits)
 
     def check(self, spec: StructuredOutput) -> None:
         """Return where ``spec`` can be followed.
