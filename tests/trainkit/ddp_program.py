@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import trainkit
 from trainkit.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from trainkit.data import ShardedIterable
 
 FOLDER, DEVICES, CASES = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 RANKS = 1 if DEVICES == "1" else 2
@@ -42,6 +43,13 @@ class Stops(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == 7:
             raise KeyboardInterrupt
+
+
+class Stream(IterableDataset):
+    """The same samples wherever it is read."""
+
+    def __iter__(self):
+        return iter(list(dataset(32)))
 
 
 class Uneven(IterableDataset):
@@ -98,6 +106,10 @@ def run(case: str) -> dict:
     settings = {"accumulate": {"accumulate_grad_batches": 3}, "clip": {"gradient_clip_val": 0.1}}.get(case, {})
     if case == "stop":
         settings = {"max_epochs": 50, "callbacks": [EarlyStopping("val_loss", min_delta=0.02, patience=1)]}
+    if case == "sharded":
+        train = DataLoader(ShardedIterable(list(dataset(60))), 16 // RANKS)
+    if case == "unsharded":
+        train = DataLoader(Stream(), 8)
     if case == "uneven":
         train = DataLoader(Uneven(), 8)
     if case == "raises":

@@ -191,12 +191,6 @@ def test_an_empty_loader_is_refused(tmp_path):
         trainer(tmp_path, max_epochs=1).fit(Regression(), DataLoader(dataset(3), 8, drop_last=True))
 
 
-@pytest.mark.parametrize("make", [lambda one: [one, one], lambda one: {"a": one, "b": one}])
-def test_several_training_loaders_are_refused_by_name(tmp_path, make):
-    with pytest.raises(errors.ConfigError, match="train_dataloaders.*combined loaders"):
-        trainer(tmp_path, max_epochs=1).fit(Regression(), make(loaders()[0]))
-
-
 def test_an_interval_beyond_the_epoch_names_both(tmp_path):
     with pytest.raises(errors.ConfigError, match="1000000000.*8"):
         trainer(tmp_path, max_epochs=1, val_check_interval=10**9).fit(Regression(), *loaders())

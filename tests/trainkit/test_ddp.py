@@ -14,7 +14,7 @@ import torch
 from tests.trainkit.tiny import child_environment
 
 PROGRAM = Path(__file__).parent / "ddp_program.py"
-CASES = ["plain", "accumulate", "clip", "manual", "weighted", "stop", "runtime"]
+CASES = ["plain", "accumulate", "clip", "manual", "weighted", "stop", "runtime", "sharded"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -82,3 +82,11 @@ def test_when_one_rank_fails_all_end_soon_and_the_error_is_shown(tmp_path, case,
     assert process.returncode != 0
     assert re.search(named, err)
     assert time.monotonic() - began < 45
+
+
+def test_ranks_that_read_the_same_stream_are_told(tmp_path):
+    process = start(tmp_path, 2, "unsharded")
+    err = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, err
+    assert err.count("all ranks read the same samples") == 1
+    assert "ShardedIterable" in err

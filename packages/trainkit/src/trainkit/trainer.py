@@ -21,17 +21,11 @@ from trainkit.callbacks.model_checkpoint import ModelCheckpoint
 from trainkit.callbacks.model_summary import ModelSummary
 from trainkit.callbacks.prediction_writer import BasePredictionWriter
 from trainkit.callbacks.progress import ProgressBar
-from trainkit.data.loaders import (
-    TrainLoader,
-    check_not_empty,
-    for_rank,
-    num_batches_of,
-    remembering,
-    several,
-    unshuffled,
-)
+from trainkit.data.combined import CombinedLoader, resumable
+from trainkit.data.loaders import check_not_empty, num_batches_of
 from trainkit.data.module import DataModule
 from trainkit.data.seed import rng_state, set_rng_state
+from trainkit.data_source import LOADER_OF, DataSource
 from trainkit.hooks import HookCaller, is_written
 from trainkit.loggers import Logger
 from trainkit.loop.evaluate import PREDICTION, TEST, VALIDATION, Evaluation, evaluate, inference
@@ -39,16 +33,12 @@ from trainkit.loop.fit import FitLoop, Progress
 from trainkit.loop.optimization import parameters_of
 from trainkit.loop.results import Results
 from trainkit.module import TrainModule
-from trainkit.move import to_device
 from trainkit.optimizers import ManagedOptimizer, SchedulerSetup, understand
 from trainkit.precision import Precision, make_precision
 from trainkit.signals import EXIT_STATUS, heeding_sigterm
 from trainkit.stage import Stage
 from trainkit.strategies import Strategy, make_strategy
 from trainkit.table import print_metrics
-
-LOADER_OF = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
-TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class Trainer:
@@ -84,6 +74,8 @@ class Trainer:
         default_root_dir: where checkpoints and logs go; default: ``runs`` here.
         enable_autolog_hparams: whether loggers are told of the module's hyperparameters.
         max_skipped: batches in a row that may be skipped, or lost to overflowing gradients, before it is an error.
+        prefetch_to_device: read one batch ahead and move it while the one before it is computed with; default: where
+            worker processes read and the device can do both at once.
 
     Raises:
         ConfigError: an argument is out of its range, or not supported; it is named.
@@ -135,6 +127,7 @@ class Trainer:
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
         max_skipped: int = 100,
+        prefetch_to_device: bool | None = None,
     ) -> None:
         refuse(
             {
@@ -171,6 +164,7 @@ class Trainer:
         sanity = 2 if num_sanity_val_steps is None else at_least("num_sanity_val_steps", num_sanity_val_steps, -1)
         self.num_sanity_val_steps = 0 if quiet else sanity
         self.max_skipped = at_least("max_skipped", max_skipped, 1)
+        self.prefetch_to_device = prefetch_to_device
         self.gradient_clip_val, self.gradient_clip_algorithm = _clipping(gradient_clip_val, gradient_clip_algorithm)
         self.strategy = make_strategy(strategy, accelerator, devices)
         self.precision_plugin = _precision(precision, plugins, self.strategy.device)
@@ -209,9 +203,7 @@ class Trainer:
         self._stage: str | None = None
         self._module: TrainModule | None = None
         self._hooks: HookCaller | None = None
-        self._given: dict[str, Any] = {}
-        self._loaders: dict[str, list[Any]] = {}
-        self._transfers: list[Any] | None = None
+        self._data: DataSource | None = None
         self._modes: dict[Any, bool] = {}
         self._resumed: dict[str, Any] = {}
         self._clips = False  # whether the module clips in a way of its own
@@ -398,12 +390,9 @@ class Trainer:
                 "train_dataloaders", f"{len(loaders)} loaders", "one: batches, or a train_dataloader method"
             )
         check_not_empty(loaders[0], "train")
-        train = TrainLoader(loaders[0])
-        resumed = self._resumed.pop("loader", {})
-        if resumed:
-            train.load_state_dict(resumed)
+        train = resumable(loaders[0])
         loop = FitLoop(self, train, self.loaders("validate") if self._validates() else [])
-        loop.resume_ahead(resumed.get("ahead"))
+        loop.load_loader_state(self._resumed.pop("loader", {}))
         if "fit" in self._resumed:
             loop.load_state_dict(self._resumed.pop("fit"))
         return loop
@@ -415,56 +404,15 @@ class Trainer:
 
     def loaders(self, stage: str) -> list[Any]:
         """The loaders of ``stage``, this rank's part of each; asked for once a run."""
-        if stage not in self._loaders:
-            found = self._find_loaders(stage)
-            training = stage == "fit"
-            made = [] if found is None else several(found)
-            if training and (len(made) > 1 or isinstance(found, Mapping)):
-                raise ConfigError(
-                    "train_dataloaders", f"{len(made)} loaders", "one: combined loaders are not supported"
-                )
-            if self.limits.overfit_batches and training:
-                made = [unshuffled(one) for one in made]
-            if self._use_distributed_sampler:
-                ranks = (self.strategy.rank, self.strategy.world_size)
-                made = [for_rank(one, *ranks, training=training) for one in made]
-            self._loaders[stage] = [remembering(one) for one in made] if stage == "predict" else made
-        return self._loaders[stage]
+        return self.data.loaders(stage)
 
     def batch_indices(self, loader: int) -> list[list[int]] | None:
         """The places in the dataset of the samples of each batch that was predicted, where they are known."""
         return getattr(getattr(self.loaders("predict")[loader], "batch_sampler", None), "seen", None)
 
-    def _find_loaders(self, stage: str) -> Any:
-        if self._given.get(stage) is not None:
-            return self._given[stage]
-        name = f"{LOADER_OF[stage]}_dataloader"
-        if self.datamodule is not None and is_written(self.datamodule, DataModule, name):
-            return getattr(self.datamodule, name)()
-        if is_written(self.module, TrainModule, name):
-            return getattr(self.module, name)()
-        return None
-
     def move(self, batch: Any, loader: int) -> Any:
-        """``batch`` on the device and in the dtype of forward, by the hooks of the data module or the module."""
-        batch = self.precision_plugin.convert_input(batch)
-        if self._transfers is None:
-            return to_device(batch, self.strategy.device)
-        before, transfer, after = self._transfers
-        return after(transfer(before(batch, loader), self.strategy.device, loader), loader)
-
-    def _find_transfers(self) -> list[Any] | None:
-        """The three hooks, or None where nobody wrote one."""
-        owners: list[tuple[Any, type]] = [(self.module, TrainModule)]
-        if self.datamodule is not None:
-            owners.insert(0, (self.datamodule, DataModule))
-        found = [
-            next((getattr(owner, name) for owner, base in owners if is_written(owner, base, name)), None)
-            for name in TRANSFERS
-        ]
-        if not any(found):
-            return None
-        return [method or getattr(self.module, name) for method, name in zip(found, TRANSFERS, strict=True)]
+        """``batch`` on the device and in the dtype of forward."""
+        return self.data.move(batch, loader)
 
     # --- what the loops ask for ---
 
@@ -631,6 +579,12 @@ class Trainer:
     lightning_module = model = module
 
     @property
+    def data(self) -> DataSource:
+        if self._data is None:
+            raise ConfigError("trainer.data", None, "a call of fit or validate")
+        return self._data
+
+    @property
     def optimizer(self) -> Optimizer:
         """The first optimizer."""
         if not self.optimizers:
@@ -775,12 +729,14 @@ class Trainer:
 
     @property
     def train_dataloader(self) -> Any:
-        loaders = self._loaders.get("fit")
-        return loaders[0] if loaders else None
+        loaders = self._data.known("fit") if self._data is not None else None
+        if not loaders:
+            return None
+        return loaders[0].iterables if isinstance(loaders[0], CombinedLoader) else loaders[0]
 
     @property
     def val_dataloaders(self) -> Any:
-        loaders = self._loaders.get("validate")
+        loaders = self._data.known("validate") if self._data is not None else None
         return loaders[0] if loaders and len(loaders) == 1 else loaders
 
     @property
@@ -870,8 +826,8 @@ class Trainer:
 
     def loader_state(self) -> dict[str, Any]:
         if self.fit_loop is None:
-            return {"start": None, "ahead": None}
-        return {**self.fit_loop.train.state_dict(), "ahead": self.fit_loop.generators_before_ahead()}
+            return {}
+        return self.fit_loop.loader_state()
 
     def resume_from(self, **state: Any) -> None:
         """What is put back when the loop begins: the generators, the loader's position, a group's gradients."""
@@ -893,7 +849,7 @@ class Trainer:
             raise ConfigError("datamodule", type(datamodule).__name__, "a DataModule (LightningDataModule)")
         if datamodule is not None and any(value is not None for value in given.values()):
             raise ConfigError("datamodule", "beside dataloaders", "either a data module or loaders")
-        self._module, self.datamodule, self._given, self._loaders = model, datamodule, given, {}
+        self._module, self.datamodule = model, datamodule
         model.trainer = self
         if datamodule is not None:
             datamodule.trainer = self
@@ -902,7 +858,15 @@ class Trainer:
         self._doing = None if stage == "fit" else stage
         self._hooks = None
         self.callbacks = in_order(_with_module_callbacks(self._own_callbacks, model.configure_callbacks()))
-        self._transfers = self._find_transfers()
+        self._data = DataSource(
+            model,
+            datamodule,
+            given,
+            strategy=self.strategy,
+            precision=self.precision_plugin,
+            splits=self._use_distributed_sampler,
+            overfits=bool(self.limits.overfit_batches),
+        )
         self._clips = any(is_written(model, TrainModule, n) for n in ("configure_gradient_clipping", "clip_gradients"))
 
     def leave_stage(self) -> None:

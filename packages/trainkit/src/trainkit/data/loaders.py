@@ -1,25 +1,22 @@
-"""Loaders as the loops use them: split over ranks, counted, and able to go on in the middle of an epoch."""
+"""Loaders as the loops use them: split over ranks, and counted."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
-    RandomSampler,
     Sampler,
     SequentialSampler,
 )
 
 from common_platform.errors import ConfigError
-from trainkit.data.seed import rng_state, set_rng_state
+from trainkit.data.sharded import is_sharded
 
 
 class RankSampler(Sampler[int]):
@@ -35,86 +32,6 @@ class RankSampler(Sampler[int]):
         return len(self._indices)
 
 
-class TrainLoader:
-    """Training batches that can begin an epoch at any batch.
-
-    The user's loader is used as it is, so its order is what it would be in a plain loop. To go on in the middle of an
-    epoch, random generators are put where they were at its beginning, and the batches before are passed over: only
-    their indices are drawn where there are no worker processes, else they are read again.
-    """
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-        self._start: dict[str, Any] | None = None  # of the epoch under way
-
-    @property
-    def num_batches(self) -> float:
-        """Of a whole epoch; infinite where the loader does not say."""
-        return num_batches_of(self.loader)
-
-    def batches(self, epoch: int, skip: int) -> Iterator[Any]:
-        """The batches of ``epoch`` from number ``skip`` on."""
-        for sampler in (getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None)):
-            if sampler is not None and hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
-        if hasattr(self.loader, "set_epoch"):
-            self.loader.set_epoch(epoch)
-        if not skip or self._start is None:
-            self._start = {"rng": rng_state(), "generators": [g.get_state() for g in self._generators()]}
-        if not skip:
-            return iter(self.loader)
-        set_rng_state(self._start["rng"])
-        for generator, state in zip(self._generators(), self._start["generators"], strict=True):
-            generator.set_state(state)
-        return self._passed_over(skip)
-
-    def _passed_over(self, skip: int) -> Iterator[Any]:
-        plain = type(self.loader) is DataLoader and not isinstance(self.loader.dataset, IterableDataset)
-        if plain and self.loader.num_workers == 0 and self.loader.batch_sampler is not None:
-            later = _Later(self.loader.batch_sampler)
-            rest = iter(rebuilt(self.loader, batch_sampler=later))
-            later.pass_over(skip)
-            return rest
-        batches = iter(self.loader)
-        for _ in range(skip):
-            next(batches, None)
-        return batches
-
-    def _generators(self) -> list[torch.Generator]:
-        """The loader's own, that the state of the global ones does not cover."""
-        owners = (self.loader, getattr(self.loader, "sampler", None))
-        found = {id(g): g for g in (getattr(o, "generator", None) for o in owners) if isinstance(g, torch.Generator)}
-        return list(found.values())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"start": self._start}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._start = state["start"]
-
-
-class _Later(Sampler[Any]):
-    """A batch sampler without its first batches.
-
-    A loader draws its own seed before the sampler draws: so they are passed over once the loader's iterator is there.
-    """
-
-    def __init__(self, batches: Any) -> None:
-        self._batches = batches
-        self._rest: Iterator[Any] = iter(())
-
-    def pass_over(self, skip: int) -> None:
-        self._rest = iter(self._batches)
-        for _ in range(skip):
-            next(self._rest, None)
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from self._rest
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-
 def num_batches_of(loader: Any) -> float:
     """Of a whole pass; infinite where the loader does not say."""
     try:
@@ -126,15 +43,19 @@ def num_batches_of(loader: Any) -> float:
 def for_rank(loader: Any, rank: int, world_size: int, *, training: bool) -> Any:
     """The part of ``loader`` that ``rank`` reads: in training as many batches on each, in evaluation each sample once.
 
-    A loader with a sampler of its own kind, or over an iterable dataset, is left alone: it must split itself.
+    A loader with a sampler of its own kind, or over an iterable dataset, is left alone: it must split itself, as
+    ``ShardedIterable`` does.
     """
-    if world_size == 1 or type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
+    if is_sharded(loader):
+        loader.dataset.for_rank(rank, world_size)
+    if world_size == 1 or not _is_known(loader) or isinstance(loader.dataset, IterableDataset):
         return loader
-    if type(loader.sampler) not in (RandomSampler, SequentialSampler) or type(loader.batch_sampler) is not BatchSampler:
+    usual = {"RandomSampler", "SequentialSampler"}  # of torch, and those of torchdata by the same names
+    if type(loader.sampler).__name__ not in usual or type(loader.batch_sampler).__name__ != "BatchSampler":
         return loader
     length = len(loader.dataset)  # type: ignore[arg-type]
     if training:
-        shuffle = isinstance(loader.sampler, RandomSampler)
+        shuffle = type(loader.sampler).__name__ == "RandomSampler"
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         sampler: Any = DistributedSampler(loader.dataset, world_size, rank, shuffle=shuffle, seed=seed)
     else:
@@ -142,9 +63,14 @@ def for_rank(loader: Any, rank: int, world_size: int, *, training: bool) -> Any:
     return rebuilt(loader, sampler=sampler)
 
 
+def _is_known(loader: Any) -> bool:
+    """Whether ``loader`` can be made again with another sampler."""
+    return type(loader) is DataLoader or type(loader).__name__ == "StatefulDataLoader"
+
+
 def unshuffled(loader: Any) -> Any:
     """``loader`` without shuffling, for ``overfit_batches``: the same few batches each epoch."""
-    if type(loader) is DataLoader and isinstance(loader.sampler, RandomSampler):
+    if _is_known(loader) and type(loader.sampler).__name__ == "RandomSampler":
         return rebuilt(loader, sampler=SequentialSampler(loader.dataset))  # type: ignore[arg-type]
     return loader
 
@@ -174,36 +100,42 @@ def remembering(loader: Any) -> Any:
     return rebuilt(loader, batch_sampler=Remembers(loader.batch_sampler))
 
 
-def rebuilt(loader: DataLoader[Any], *, sampler: Any = None, batch_sampler: Any = None) -> DataLoader[Any]:
-    """A loader like ``loader`` with another sampler."""
+def rebuilt(
+    loader: DataLoader[Any],
+    *,
+    sampler: Any = None,
+    batch_sampler: Any = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+) -> DataLoader[Any]:
+    """A loader like ``loader`` with another sampler, batch size or number of workers."""
+    workers = loader.num_workers if num_workers is None else num_workers
     chosen: dict[str, Any] = {"batch_sampler": batch_sampler}
     if batch_sampler is None:
-        chosen = {"sampler": sampler, "batch_size": loader.batch_size, "drop_last": loader.drop_last}
-    return DataLoader(
+        iterable = isinstance(loader.dataset, IterableDataset)
+        size = loader.batch_size if batch_size is None else batch_size
+        chosen = {"batch_size": size, "drop_last": loader.drop_last if size is not None else False}
+        chosen |= {} if iterable else {"sampler": loader.sampler if sampler is None else sampler}
+        if size is None and loader.batch_sampler is not None:
+            chosen = {"batch_sampler": loader.batch_sampler}
+    return type(loader)(
         loader.dataset,
         **chosen,
-        num_workers=loader.num_workers,
+        num_workers=workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
+        timeout=loader.timeout if workers else 0,
         worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
+        multiprocessing_context=loader.multiprocessing_context if workers else None,
         generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
+        prefetch_factor=loader.prefetch_factor if workers else None,
+        persistent_workers=loader.persistent_workers and workers > 0,
     )
 
 
-def several(loaders: Any) -> list[Any]:
-    """``loaders`` as a list: one loader, or a list, tuple or mapping of loaders. A list of batches is one loader."""
-    inner = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
-    if isinstance(inner, list | tuple) and inner and all(_is_loader(one) for one in inner):
-        return list(inner)
-    return [loaders]
-
-
-def _is_loader(value: Any) -> bool:
-    return hasattr(value, "dataset") or hasattr(value, "sampler") or hasattr(value, "loaders")
+def is_loader(value: Any) -> bool:
+    """Whether ``value`` gives batches and is no plain list of them."""
+    return hasattr(value, "dataset") or hasattr(value, "sampler") or hasattr(value, "flattened")
 
 
 def check_not_empty(loader: Any, stage: str) -> None:

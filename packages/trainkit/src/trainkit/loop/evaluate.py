@@ -11,6 +11,7 @@ import torch
 
 from common_platform.errors import PlatformError
 from trainkit.data.loaders import num_batches_of
+from trainkit.data_source import batches_of
 from trainkit.hooks import user_error
 from trainkit.loop.steps import step_arguments
 
@@ -88,7 +89,9 @@ def _loader(
     limit = trainer.limits.of(kind.stage, num_batches_of(loader))
     limit = limit if at_most is None else min(limit, at_most)
     extra = () if number is None else (number,)
-    for index, batch in enumerate(islice(_batches(trainer, loader), None if limit == float("inf") else int(limit))):
+    for index, batch in enumerate(
+        islice(_batches(trainer, batches_of(loader)), None if limit == float("inf") else int(limit))
+    ):
         batch = trainer.move(batch, number or 0)
         results.batch, results.loader = batch, number
         trainer.call(f"on_{kind.hooks}_batch_start", batch, index, *extra)

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from common_platform.errors import CollectiveMismatch, PlatformError
-from trainkit.data import TrainLoader, rng_state, set_rng_state
+from trainkit.data import Resumable, rng_state, set_rng_state
+from trainkit.data.prefetch import DevicePrefetch, is_worth_it
 from trainkit.data.seed import raw_rng_state
+from trainkit.data.sharded import warn_of_equal_batches
 from trainkit.hooks import user_error
 from trainkit.loop.evaluate import VALIDATION, evaluate
 from trainkit.loop.optimization import AutomaticOptimization, ManualOptimization
@@ -57,7 +59,7 @@ class FitLoop:
         validation: loaders, each any iterable of batches; none: no validation.
     """
 
-    def __init__(self, trainer: Trainer, train: TrainLoader, validation: list[Any]) -> None:
+    def __init__(self, trainer: Trainer, train: Resumable, validation: list[Any]) -> None:
         self.trainer = trainer
         self.train = train
         self.validation = validation
@@ -66,13 +68,24 @@ class FitLoop:
         automatic = trainer.module.automatic_optimization
         self.optimization = AutomaticOptimization(trainer) if automatic else ManualOptimization(trainer)
         self._group_left = 0  # micro-batches until the optimizer steps
-        self._ahead: list[Any] = []  # a batch read ahead, to know which one is the last
+        self._prefetch = self._make_prefetch()
+        self._reads_ahead = self._prefetch is not None or math.isinf(train.num_batches)
+        self._ahead: list[Any] = []  # a batch read ahead, to know which one is the last or to move it early
         self._raw_before_ahead: Any = None  # generators when it was read
+        self._loader_before_ahead: dict[str, Any] = {}
         self._before_ahead: dict[str, Any] | None = None
         self._ended_early = False
         self._ranks_may_differ = trainer.world_size > 1 and math.isinf(train.num_batches)
         if trainer.world_size > 1:
             self._check_lengths()
+
+    def _make_prefetch(self) -> DevicePrefetch | None:
+        trainer = self.trainer
+        wanted = trainer.prefetch_to_device
+        if wanted is None:
+            loader = trainer.loaders("fit")[0]
+            wanted = is_worth_it(loader, trainer.strategy.device) and not trainer.data.has_transfer_hooks
+        return DevicePrefetch(trainer.strategy.device, lambda batch: trainer.move(batch, 0)) if wanted else None
 
     def _check_lengths(self) -> None:
         """Raises:
@@ -131,10 +144,10 @@ class FitLoop:
         """The rest of the epoch; generators are put back after the loader has drawn from them."""
         batches = self.train.batches(self.progress.epoch, self.progress.batch)
         self._ahead.clear()
-        if self.progress.batch and math.isinf(self.train.num_batches):
+        if self.progress.batch and self._reads_ahead:
             if self._before_ahead is not None:
                 set_rng_state(self._before_ahead)
-            self._ahead.extend(_one(batches))  # which was read before the state was saved
+            self._read_ahead(batches)  # which was read before the state was saved
         state = self.trainer.take_rng_state()
         if state is not None:
             set_rng_state(state)
@@ -148,12 +161,13 @@ class FitLoop:
             UserCodeError: the loader raised.
         """
         try:
-            batch = self._ahead.pop() if self._ahead else next(batches)
+            batch = self._ahead.pop() if self._ahead else self._send(next(batches))
             if self.progress.batch + 1 == self.num_batches:
                 return batch, True
-            if math.isinf(self.train.num_batches):
+            if self._reads_ahead:
                 self._raw_before_ahead = raw_rng_state()
-                self._ahead.extend(_one(batches))
+                self._loader_before_ahead = self.train.state_dict()
+                self._read_ahead(batches)
                 return batch, not self._ahead
         except (StopIteration, PlatformError):
             raise
@@ -161,6 +175,12 @@ class FitLoop:
             at = f"batch {self.progress.batch}, rank {self.trainer.global_rank}"
             raise user_error("the training loader", at, error) from error
         return batch, False
+
+    def _read_ahead(self, batches: Iterator[Any]) -> None:
+        self._ahead.extend(self._send(batch) for batch in [next(batches, batches)] if batch is not batches)
+
+    def _send(self, batch: Any) -> Any:
+        return batch if self._prefetch is None else self._prefetch.send(batch)
 
     def _next_on_all(self, batches: Iterator[Any]) -> tuple[Any, bool] | None:
         """The next batch, or None where there is none.
@@ -191,7 +211,9 @@ class FitLoop:
             return False
         batch, is_last = found
         index = progress.batch
-        batch = trainer.move(batch, 0)
+        if not progress.total_batches:
+            warn_of_equal_batches(trainer.loaders("fit")[0], batch, trainer.strategy)
+        batch = trainer.move(batch, 0) if self._prefetch is None else self._prefetch.receive(batch)
         trainer.results.batch, trainer.results.in_batch = batch, True
         progress.log_step = progress.steps_logged
         if trainer.call("on_train_batch_start", batch, index) == -1:
@@ -278,13 +300,19 @@ class FitLoop:
 
     # --- resuming ---
 
-    def generators_before_ahead(self) -> dict[str, Any] | None:
-        """The generators' state when the batch ahead was read; of this rank."""
+    def loader_state(self) -> dict[str, Any]:
+        """Where this rank's loader stands; with a batch read ahead, where it stood before."""
+        if not self._ahead:
+            return {"loader": self.train.state_dict(), "ahead": self._generators_before_ahead()}
+        return {"loader": self._loader_before_ahead, "ahead": self._generators_before_ahead()}
+
+    def _generators_before_ahead(self) -> dict[str, Any] | None:
         return rng_state(self._raw_before_ahead) if self._raw_before_ahead is not None else None
 
-    def resume_ahead(self, state: dict[str, Any] | None) -> None:
-        """Read the batch ahead with the generators in ``state``."""
-        self._before_ahead = state
+    def load_loader_state(self, state: dict[str, Any]) -> None:
+        if state:
+            self.train.load_state_dict(state["loader"])
+            self._before_ahead = state["ahead"]
 
     def state_dict(self) -> dict[str, Any]:
         """What of a group of micro-batches is not yet in the weights."""
@@ -301,7 +329,3 @@ class FitLoop:
         for name, parameter in self.trainer.module.named_parameters():
             if name in state["gradients"]:
                 parameter.grad = state["gradients"][name].to(parameter.device)
-
-
-def _one(batches: Iterator[Any]) -> list[Any]:
-    return [batch for batch in [next(batches, batches)] if batch is not batches]
