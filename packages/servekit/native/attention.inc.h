@@ -12,6 +12,7 @@ using servekit::PARTIAL_EXTRA;
 using servekit::Scratch;
 
 constexpr float NOTHING = -INFINITY;
+constexpr int TILE_VECTORS = LANES == 16 ? 4 : 2;  // of a tile of 6 rows
 
 // Scores of `rows` queries and LANES * NV keys; a vector of keys begins at each of `keys`, `step` bytes a depth.
 template <class D, int MR, int NV>

@@ -45,11 +45,17 @@ struct Rotary {
   float eps;
 };
 
+// Columns of a packed weight: a panel, or a half of one.
+struct Slice {
+  int panel, first, columns;
+};
+
 struct Kernels {
   const char* name;
   bool bf16_inputs;  // products with bf16 weights read bf16 activations
-  void (*linear)(const sk_matrix& w, const sk_rows& x, int panel, int first, int last, int epilogue,
-                 const sk_rows& out);
+  // Rows first .. last - 1; `next`: the weights that are read afterwards, or null.
+  void (*linear)(const sk_matrix& w, const sk_rows& x, Slice slice, int first, int last, int epilogue,
+                 const sk_rows& out, const uint8_t* next);
   void (*norm)(const float* x, const float* weight, float eps, const sk_rows& out, int row);
   void (*convert)(const float* x, int width, const sk_rows& out, int row);
   void (*rotary)(const Rotary& op, int token, int64_t position, const int32_t* table, bool is_last);

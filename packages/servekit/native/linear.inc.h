@@ -1,27 +1,56 @@
-// Products of a few rows with a packed panel of 64 columns.
+// Products of rows with a packed panel of 64 columns, or a half of one.
 //
 // A tile of MR rows and NV vectors of columns stays in registers over all of K; what it sums up goes to a small buffer,
-// and from there through the epilogue. A panel is read from memory once and from the L2 cache for further tiles.
+// and from there through the epilogue. All tiles of rows pass over the same columns before the next ones are read, and
+// each asks memory for its share of those: so that reading and multiplying go on at the same time.
 
 namespace {
 
 using servekit::I4_GROUP;
 using servekit::PANEL;
+using servekit::Slice;
 
 constexpr int VECTORS = PANEL / LANES;  // of a panel
 constexpr size_t ROW = PANEL * 4;       // bytes of a panel's step: 1 float, 2 bf16 or 4 bytes a column
+constexpr int LINE = 64;                // bytes
+constexpr size_t FAR = 384 << 10;       // bytes of a pass: what is asked for that early would push out what is in use
 #if defined(__AVX512F__)
-constexpr int TILE_ROWS = 6, TILE_VECTORS = 4, INT_VECTORS = 2;
+constexpr int MOST_ROWS = 12, MOST_SUMS = 24;  // of a tile
 #elif defined(__AVX2__)
-constexpr int TILE_ROWS = 6, TILE_VECTORS = 2, INT_VECTORS = 1;
+constexpr int MOST_ROWS = 6, MOST_SUMS = 12;
 #else
-constexpr int TILE_ROWS = 4, TILE_VECTORS = 2, INT_VECTORS = 1;
+constexpr int MOST_ROWS = 4, MOST_SUMS = 8;
 #endif
+constexpr int CHUNK_ROWS = 4 * MOST_ROWS;  // that pass over the same columns
+
+// Vectors of columns of a tile with that many rows: as many as registers hold sums of.
+constexpr int float_vectors(int rows) {
+  if (LANES == 16) return rows > 6 ? 2 : 4;
+  return rows > 1 ? 2 : LANES == 8 ? 8 : 4;
+}
+constexpr int i8_vectors(int rows) {
+  if (LANES == 16) return rows > 6 ? 2 : 4;
+  return rows > 1 ? 1 : 4;
+}
+constexpr int i4_vectors(int rows) {  // sums of whole numbers and of floats
+  if (LANES == 16) return rows > 6 ? 1 : rows > 2 ? 2 : 4;
+  return rows > 1 ? 1 : 4;
+}
+
+// What a tile asks memory for while it multiplies: `lines` of each step of the columns that are read next.
+struct Ahead {
+  const uint8_t* at;
+  int lines;
+  void ask(size_t step) const {
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(at + step * ROW + i * LINE, 0, 2);
+  }
+};
 
 template <class D, int MR, int NV>
 inline void sum_tile(const typename D::Value* x, size_t stride, const uint8_t* w, size_t row, int steps,
-                     vf (&sums)[MR][NV]) {
+                     vf (&sums)[MR][NV], Ahead ahead = {nullptr, 0}) {
   for (int s = 0; s < steps; ++s, w += row, x += D::DEPTH) {
+    ahead.ask(static_cast<size_t>(s));
     typename D::Weights weights[NV];
     for (int v = 0; v < NV; ++v) weights[v] = D::load(w + v * VECTOR);
     for (int r = 0; r < MR; ++r)
@@ -29,117 +58,142 @@ inline void sum_tile(const typename D::Value* x, size_t stride, const uint8_t* w
   }
 }
 
+// `at` is the first of the tile's columns, `out` where its sums go: [MR][PANEL].
 template <class D, int MR, int NV>
-void float_tile(const sk_matrix& w, const uint8_t* panel, const sk_rows& x, int first, float* out) {
+void float_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first, float* out, Ahead ahead) {
   const auto* values = static_cast<const typename D::Value*>(x.data) + static_cast<size_t>(first) * x.stride;
-  for (int v = 0; v < VECTORS; v += NV) {
-    vf sums[MR][NV] = {};
-    sum_tile<D, MR, NV>(values, x.stride, panel + v * VECTOR, ROW, w.k / D::DEPTH, sums);
-    for (int r = 0; r < MR; ++r)
-      for (int u = 0; u < NV; ++u) store(out + r * PANEL + (v + u) * LANES, sums[r][u]);
-  }
+  vf sums[MR][NV] = {};
+  sum_tile<D, MR, NV>(values, x.stride, at, ROW, w.k / D::DEPTH, sums, ahead);
+  for (int r = 0; r < MR; ++r)
+    for (int u = 0; u < NV; ++u) store(out + r * PANEL + u * LANES, sums[r][u]);
 }
 
 template <int MR, int NV>
-void i8_tile(const sk_matrix& w, const uint8_t* panel, const sk_rows& x, int first, float* out) {
+void i8_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first, float* out, Ahead ahead) {
   const int groups = x.stride / x.group, used = w.k / x.group, quads = x.group / 4;
   const int8_t* values = static_cast<const int8_t*>(x.data) + static_cast<size_t>(first) * x.stride;
   const float* scales = x.scales + static_cast<size_t>(first) * groups;
   const int32_t* totals = x.sums + static_cast<size_t>(first) * groups;
-  for (int v = 0; v < VECTORS; v += NV) {
-    vf sums[MR][NV] = {};
-    const uint8_t* at = panel + v * VECTOR;
-    for (int g = 0; g < used; ++g) {
-      vi dots[MR][NV];
-      for (int r = 0; r < MR; ++r)  // weights are stored with 128 added: taken off here
-        for (int u = 0; u < NV; ++u) dots[r][u] = all_int(-128 * totals[r * groups + g]);
-      const int8_t* from = values + g * x.group;
-      for (int q = 0; q < quads; ++q, at += ROW) {
-        vu weights[NV];
-        for (int u = 0; u < NV; ++u) weights[u] = load_words(at + u * VECTOR);
-        for (int r = 0; r < MR; ++r)
-          for (int u = 0; u < NV; ++u)
-            dots[r][u] = dot4<false>(dots[r][u], weights[u], from + static_cast<size_t>(r) * x.stride + 4 * q);
-      }
+  size_t step = 0;
+  for (int g = 0; g < used; ++g) {
+    vi dots[MR][NV];
+    for (int r = 0; r < MR; ++r)  // weights are stored with 128 added: taken off here
+      for (int u = 0; u < NV; ++u) dots[r][u] = all_int(-128 * totals[r * groups + g]);
+    const int8_t* from = values + g * x.group;
+    for (int q = 0; q < quads; ++q, at += ROW, from += 4) {
+      ahead.ask(step++);
+      vu weights[NV];
+      for (int u = 0; u < NV; ++u) weights[u] = load_words(at + u * VECTOR);
       for (int r = 0; r < MR; ++r)
-        for (int u = 0; u < NV; ++u) sums[r][u] += to_float(dots[r][u]) * scales[r * groups + g];
+        for (int u = 0; u < NV; ++u)
+          dots[r][u] = dot4<false>(dots[r][u], weights[u], from + static_cast<size_t>(r) * x.stride);
     }
     for (int r = 0; r < MR; ++r)
-      for (int u = 0; u < NV; ++u) store(out + r * PANEL + (v + u) * LANES, sums[r][u]);
+      for (int u = 0; u < NV; ++u) {
+        const vf sum = to_float(dots[r][u]) * scales[r * groups + g];
+        float* target = out + r * PANEL + u * LANES;
+        store(target, g ? load(target) + sum : sum);
+      }
   }
 }
 
 // A group of 32 is 4 rows of bytes, each of two quads of 4-bit weights, and a row of its scales and lowest values.
 template <int MR, int NV>
-void i4_tile(const sk_matrix& w, const uint8_t* panel, const sk_rows& x, int first, float* out) {
-  const int groups = x.stride / I4_GROUP, used = w.k / I4_GROUP;
+void i4_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first, float* out, Ahead ahead) {
+  const int groups = x.stride / x.group, used = w.k / I4_GROUP;
   const int8_t* values = static_cast<const int8_t*>(x.data) + static_cast<size_t>(first) * x.stride;
   const float* scales = x.scales + static_cast<size_t>(first) * groups;
   const int32_t* totals = x.sums + static_cast<size_t>(first) * groups;
-  for (int v = 0; v < VECTORS; v += NV) {
-    vf sums[MR][NV] = {};
-    const uint8_t* at = panel + v * VECTOR;
-    for (int g = 0; g < used; ++g) {
-      vi dots[MR][NV] = {};
-      const int8_t* from = values + g * I4_GROUP;
-      for (int q = 0; q < 4; ++q, at += ROW) {
-        for (int u = 0; u < NV; ++u) {
-          const vu both = load_words(at + u * VECTOR);
-          const vu low = both & 0x0f0f0f0fu, high = (both >> 4) & 0x0f0f0f0fu;
-          for (int r = 0; r < MR; ++r) {
-            const int8_t* row = from + static_cast<size_t>(r) * x.stride + 4 * q;
-            dots[r][u] = dot4<true>(dot4<true>(dots[r][u], low, row), high, row + 16);
-          }
-        }
-      }
+  vf sums[MR][NV] = {};
+  size_t step = 0;
+  for (int g = 0; g < used; ++g) {
+    vi dots[MR][NV] = {};
+    const int8_t* from = values + g * I4_GROUP;
+    for (int q = 0; q < 4; ++q, at += ROW) {
+      ahead.ask(step++);
       for (int u = 0; u < NV; ++u) {
         const vu both = load_words(at + u * VECTOR);
-        const vf scale = low_halves(both), lowest = high_halves(both);
+        const vu low = both & 0x0f0f0f0fu, high = (both >> 4) & 0x0f0f0f0fu;
         for (int r = 0; r < MR; ++r) {
-          const float by = scales[r * groups + g], total = by * static_cast<float>(totals[r * groups + g]);
-          sums[r][u] = to_float(dots[r][u]) * by * scale + (lowest * total + sums[r][u]);
+          const int8_t* row = from + static_cast<size_t>(r) * x.stride + 4 * q;
+          dots[r][u] = dot4<true>(dot4<true>(dots[r][u], low, row), high, row + 16);
         }
       }
-      at += ROW;
     }
-    for (int r = 0; r < MR; ++r)
-      for (int u = 0; u < NV; ++u) store(out + r * PANEL + (v + u) * LANES, sums[r][u]);
+    ahead.ask(step++);
+    for (int u = 0; u < NV; ++u) {
+      const vu both = load_words(at + u * VECTOR);
+      const vf scale = low_halves(both), lowest = high_halves(both);
+      for (int r = 0; r < MR; ++r) {
+        const float by = scales[r * groups + g], total = by * static_cast<float>(totals[r * groups + g]);
+        sums[r][u] = to_float(dots[r][u]) * scale * by + (lowest * total + sums[r][u]);
+      }
+    }
+    at += ROW;
   }
+  for (int r = 0; r < MR; ++r)
+    for (int u = 0; u < NV; ++u) store(out + r * PANEL + u * LANES, sums[r][u]);
 }
 
-using Tile = void (*)(const sk_matrix&, const uint8_t*, const sk_rows&, int, float*);
+using Tile = void (*)(const sk_matrix&, const uint8_t*, const sk_rows&, int, float*, Ahead);
 
-template <int MR>
+template <int MR, int NV>
 Tile tile_of(int format) {
-  constexpr int one = MR == 1 ? VECTORS : 1;  // a single row leaves registers for the whole panel
-  constexpr int NV = one > TILE_VECTORS ? one : TILE_VECTORS, IV = MR == 1 ? (VECTORS < 4 ? VECTORS : 4) : INT_VECTORS;
-  switch (format) {
+  if constexpr (MR * NV > MOST_SUMS) return nullptr;
+  else switch (format) {
     case SK_F32: return float_tile<F32, MR, NV>;
     case SK_BF16: return float_tile<BF16, MR, NV>;
-    case SK_I8: return i8_tile<MR, IV>;
-    default: return i4_tile<MR, IV>;
+    case SK_I8: return i8_tile<MR, NV>;
+    default: return i4_tile<MR, NV>;
   }
 }
 
+template <int NV>
 Tile tile_of(int rows, int format) {
   switch (rows) {
-    case 1: return tile_of<1>(format);
-    case 2: return tile_of<2>(format);
-    case 3: return tile_of<3>(format);
-    case 4: return tile_of<4>(format);
-    case 5: return tile_of<5>(format);
-    default: return tile_of<6>(format);
+    case 1: return tile_of<1, NV>(format);
+    case 2: return tile_of<2, NV>(format);
+    case 3: return tile_of<3, NV>(format);
+    case 4: return tile_of<4, NV>(format);
+#if defined(__AVX2__)
+    case 5: return tile_of<5, NV>(format);
+    case 6: return tile_of<6, NV>(format);
+#endif
+#if defined(__AVX512F__)
+    case 7: return tile_of<7, NV>(format);
+    case 8: return tile_of<8, NV>(format);
+    case 9: return tile_of<9, NV>(format);
+    case 10: return tile_of<10, NV>(format);
+    case 11: return tile_of<11, NV>(format);
+    case 12: return tile_of<12, NV>(format);
+#endif
+    default: return nullptr;
   }
 }
 
-void finish(const sk_matrix& w, int panel, float* tile, int rows, int first, int epilogue, const sk_rows& out) {
-  const int column = panel * PANEL;
+Tile tile_of(int rows, int vectors, int format) {
+  switch (vectors) {
+    case 1: return tile_of<1>(rows, format);
+    case 2: return tile_of<2>(rows, format);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    case 8: return tile_of<8>(rows, format);
+#endif
+    default: return tile_of<4>(rows, format);
+  }
+}
+
+int vectors_of(int rows, int format) {
+  return format == SK_I4 ? i4_vectors(rows) : format == SK_I8 ? i8_vectors(rows) : float_vectors(rows);
+}
+
+void finish(const sk_matrix& w, Slice slice, float* tile, int rows, int first, int epilogue, const sk_rows& out) {
+  const int column = slice.panel * PANEL + slice.first, columns = slice.columns;
   for (int r = 0; r < rows; ++r) {
     float* sums = tile + r * PANEL;
     if (w.scales)
-      for (int c = 0; c < PANEL; c += LANES) store(sums + c, load(sums + c) * load(w.scales + column + c));
+      for (int c = 0; c < columns; c += LANES) store(sums + c, load(sums + c) * load(w.scales + column + c));
     if (w.bias)
-      for (int c = 0; c < PANEL; c += LANES) store(sums + c, load(sums + c) + load(w.bias + column + c));
+      for (int c = 0; c < columns; c += LANES) store(sums + c, load(sums + c) + load(w.bias + column + c));
     const size_t row = static_cast<size_t>(first + r) * out.stride;
     if (epilogue == SK_SWIGLU) {  // 32 gates, and the 32 that they let through
       for (int c = 0; c < PANEL / 2; c += LANES) {
@@ -147,7 +201,7 @@ void finish(const sk_matrix& w, int panel, float* tile, int rows, int first, int
         store(sums + c, gate / (exponential(-gate) + 1.0f) * up);
       }
     }
-    const int from = epilogue == SK_SWIGLU ? column / 2 : column, width = epilogue == SK_SWIGLU ? PANEL / 2 : PANEL;
+    const int from = epilogue == SK_SWIGLU ? column / 2 : column, width = epilogue == SK_SWIGLU ? PANEL / 2 : columns;
     if (out.format == SK_BF16) {
       auto* target = static_cast<uint16_t*>(out.data) + row + from;
       for (int c = 0; c < width; c += LANES) store_bf16(target + c, load(sums + c));
@@ -168,15 +222,36 @@ size_t panel_bytes(const sk_matrix& w) {
   }
 }
 
-void linear(const sk_matrix& w, const sk_rows& x, int panel, int first, int last, int epilogue, const sk_rows& out) {
-  alignas(64) float tile[6 * PANEL];
-  const uint8_t* weights = static_cast<const uint8_t*>(w.data) + static_cast<size_t>(panel) * panel_bytes(w);
-  const int most = TILE_ROWS;
+const uint8_t* weights_of(const sk_matrix& w, Slice slice) {
+  return static_cast<const uint8_t*>(w.data) + static_cast<size_t>(slice.panel) * panel_bytes(w) + slice.first * 4;
+}
+
+void linear(const sk_matrix& w, const sk_rows& x, Slice slice, int first, int last, int epilogue, const sk_rows& out,
+            const uint8_t* next) {
+  alignas(64) float buffer[CHUNK_ROWS * PANEL];
+  const uint8_t* weights = weights_of(w, slice);
+  const int slice_vectors = slice.columns / LANES;
   for (int row = first; row < last;) {
-    int rows = last - row;
-    if (rows > most) rows = rows < 2 * most ? (rows + 1) / 2 : most;  // the last two tiles share what is left
-    tile_of(rows, w.format)(w, weights, x, row, tile);
-    finish(w, panel, tile, rows, row, epilogue, out);
+    const int left = last - row, rows = left < CHUNK_ROWS ? left : CHUNK_ROWS;
+    const int tiles = (rows + MOST_ROWS - 1) / MOST_ROWS, most = (rows + tiles - 1) / tiles;
+    const int wide = vectors_of(most, w.format), vectors = wide < slice_vectors ? wide : slice_vectors;
+    const int lines = vectors * VECTOR < LINE ? 1 : vectors * VECTOR / LINE;
+    const bool is_first = row == first, is_last = row + rows == last;
+    const bool is_far = panel_bytes(w) / VECTORS * vectors > FAR;
+    for (int v = 0; v < slice_vectors; v += vectors) {
+      const bool more = v + vectors < slice_vectors;
+      const uint8_t* then = more ? weights + (v + vectors) * VECTOR : next;
+      const bool asks = then && !is_far && (more ? is_first : is_last);
+      for (int t = 0; t < tiles; ++t) {
+        const int from = rows * t / tiles, count = rows * (t + 1) / tiles - from;
+        Ahead ahead = {nullptr, 0};
+        if (asks && tiles == 1) ahead = {then, lines};
+        else if (asks && t < lines) ahead = {then + t * LINE, 1};
+        tile_of(count, vectors, w.format)(w, weights + v * VECTOR, x, row + from, buffer + from * PANEL + v * LANES,
+                                          ahead);
+      }
+    }
+    finish(w, slice, buffer, rows, row, epilogue, out);
     row += rows;
   }
 }

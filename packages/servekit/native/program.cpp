@@ -57,13 +57,23 @@ struct Context {
   std::vector<int64_t> first_of;                     // first token of each sequence
 };
 
-// An operation is cut into tasks that threads take one by one.
+// Which tasks a thread begins with: neighbours, so that it reads one long piece of memory.
+struct alignas(64) Share {
+  std::atomic<int> next{0};
+  int last = 0;
+  Share() = default;
+  Share(const Share&) {}  // only made, never copied with tasks in it
+};
+
+// An operation is cut into tasks. Each thread takes its own share of them one by one, then what others have left.
 struct Operation {
   virtual ~Operation() = default;
   virtual int tasks(const Context&) const = 0;
-  virtual void run(const Context&, int task, Scratch scratch) const = 0;
+  virtual void run(const Context&, int task, int thread, Scratch scratch) const = 0;
   virtual size_t scratch() const { return 0; }
-  std::atomic<int> next{0}, done{0};
+  virtual const uint8_t* first_weights(int /*thread*/) const { return nullptr; }  // that a thread will read
+  std::vector<Share> shares;
+  std::atomic<int> done{0};
   int64_t nanoseconds = 0;
 };
 
@@ -76,7 +86,7 @@ template <int PART>
 struct RowOperation : Operation {
   virtual void row(const Context&, int token) const = 0;
   int tasks(const Context& c) const final { return share(c.step->tokens, PART); }
-  void run(const Context& c, int task, Scratch) const final {
+  void run(const Context& c, int task, int, Scratch) const final {
     const int last = std::min(c.step->tokens, (task + 1) * PART);
     for (int token = task * PART; token < last; ++token) row(c, token);
   }
@@ -123,15 +133,36 @@ struct Linear final : Operation {
   sk_rows x, out;
   sk_matrix weight;
   int32_t epilogue, threads;
+  const Operation* following = nullptr;  // the next one that reads weights
   int panels() const { return weight.n / PANEL; }
+  // Panels are halved where threads would not end together; gates stand in one half and what they let through in the other.
+  int slices() const { return epilogue != SK_SWIGLU && panels() < 16 * threads && panels() % threads ? 2 * panels() : panels(); }
   // Parts of the rows: few, so that a panel is read by few, but enough tasks for threads to end together.
   int parts(int tokens) const { return tokens <= 96 ? 1 : std::max(1, std::min(tokens / 48, share(24 * threads, panels()))); }
-  int tasks(const Context& c) const override { return panels() * parts(c.step->tokens); }
-  void run(const Context& c, int task, Scratch) const override {
-    const int count = parts(c.step->tokens), panel = task / count, part = task % count;
+  int tasks(const Context& c) const override { return slices() * parts(c.step->tokens); }
+
+  Slice slice(int index) const {
+    const int columns = PANEL * panels() / slices(), first = index * columns;
+    return {first / PANEL, first % PANEL, columns};
+  }
+
+  const uint8_t* weights(int index) const {
+    const Slice at = slice(index);
+    return static_cast<const uint8_t*>(weight.data) + at.panel * panel_size(weight.format, weight.k) + at.first * 4;
+  }
+
+  const uint8_t* first_weights(int thread) const override {
+    return weights(static_cast<int>(static_cast<int64_t>(slices()) * thread / threads));
+  }
+
+  void run(const Context& c, int task, int thread, Scratch) const override {
+    const int count = parts(c.step->tokens), index = task / count, part = task % count;
     const int64_t tokens = c.step->tokens;
     const int first = static_cast<int>(tokens * part / count), last = static_cast<int>(tokens * (part + 1) / count);
-    kernels().linear(weight, x, panel, first, last, epilogue, out);
+    const uint8_t* next = nullptr;
+    if (task + 1 < shares[thread].last) next = part + 1 < count ? nullptr : weights(index + 1);
+    else if (following) next = following->first_weights(thread);
+    kernels().linear(weight, x, slice(index), first, last, epilogue, out, next);
   }
 };
 
@@ -217,7 +248,7 @@ struct AttentionOperation final : Operation {
   Attention op;
   const AttentionPlan* plan;
   int tasks(const Context&) const override { return static_cast<int>(plan->work.size()); }
-  void run(const Context&, int task, Scratch scratch) const override {
+  void run(const Context&, int task, int, Scratch scratch) const override {
     kernels().attention(op, plan->work[task], scratch);
   }
   size_t scratch() const override { return attention_scratch(op); }
@@ -227,7 +258,7 @@ struct Combine final : Operation {
   Attention op;
   const AttentionPlan* plan;
   int tasks(const Context&) const override { return static_cast<int>(plan->split.size()) * op.cache.kv_heads; }
-  void run(const Context&, int task, Scratch) const override {
+  void run(const Context&, int task, int, Scratch) const override {
     const auto& split = plan->split[task / op.cache.kv_heads];
     const int head = task % op.cache.kv_heads;
     const size_t first = split.first + static_cast<size_t>(head) * split.splits;
@@ -251,6 +282,7 @@ struct sk_program {
   std::vector<std::vector<uint8_t>> scratch;  // one a thread
   Context context;
   int64_t weights = 0;  // that a token is multiplied with
+  Linear* last_linear = nullptr;
 
   template <class Op>
   Op& add() {
@@ -280,12 +312,21 @@ struct sk_program {
     for (auto& plan : plans) plan->prepare(context);
     size_t bytes = 0;
     for (auto& op : operations) {
-      op->next.store(0, std::memory_order_relaxed);
+      share_out(*op);
       op->done.store(0, std::memory_order_relaxed);
       bytes = std::max(bytes, op->scratch());
     }
     for (auto& mine : scratch)
       if (mine.size() < bytes + 64) mine.resize(bytes + 64);
+  }
+
+  void share_out(Operation& op) const {
+    const int64_t count = op.tasks(context), threads = pool->pool.threads();
+    if (op.shares.empty()) op.shares.resize(static_cast<size_t>(threads));
+    for (int64_t t = 0; t < threads; ++t) {
+      op.shares[t].next.store(static_cast<int>(count * t / threads), std::memory_order_relaxed);
+      op.shares[t].last = static_cast<int>(count * (t + 1) / threads);
+    }
   }
 
   void run(const sk_step* step) {
@@ -297,11 +338,15 @@ struct sk_program {
       for (auto& op : operations) {
         const int count = op->tasks(context);
         if (count == 0) continue;
-        for (int task = op->next.fetch_add(1, std::memory_order_relaxed); task < count;
-             task = op->next.fetch_add(1, std::memory_order_relaxed)) {
-          op->run(context, task, mine);
-          op->done.fetch_add(1, std::memory_order_release);
+        int finished = 0;
+        for (size_t i = 0; i < op->shares.size(); ++i) {
+          Share& from = op->shares[(thread + i) % op->shares.size()];
+          if (from.next.load(std::memory_order_relaxed) >= from.last) continue;
+          for (int task = from.next.fetch_add(1, std::memory_order_relaxed); task < from.last;
+               task = from.next.fetch_add(1, std::memory_order_relaxed), ++finished)
+            op->run(context, task, thread, mine);
         }
+        op->done.fetch_add(finished, std::memory_order_release);
         wait_until([&] { return op->done.load(std::memory_order_acquire) == count; });
         if (thread == 0) {
           const auto now = std::chrono::steady_clock::now();
@@ -392,6 +437,8 @@ void sk_add_linear(sk_program* program, const sk_rows* x, const sk_matrix* weigh
                    const sk_rows* out) {
   auto& op = program->add<Linear>();
   op.x = *x, op.weight = *weight, op.epilogue = epilogue, op.out = *out, op.threads = program->pool->pool.threads();
+  if (program->last_linear) program->last_linear->following = &op;
+  program->last_linear = &op;
   program->weights += static_cast<int64_t>(weight->n) * weight->k;
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from common_platform.errors import ConfigError
 from common_platform.logging import get_logger
+from servekit.kernels.native.memory import Arena
 
 API_VERSION = 1
 MAX_GROUPS = 8
@@ -147,11 +148,12 @@ def native_library() -> Library | None:
 
 
 class Pool:
-    """Threads for one model's programs; they sleep between steps."""
+    """Threads for one model's programs, which sleep between steps, and the memory of its packed weights."""
 
     def __init__(self, library: Library, num_threads: int) -> None:
         self._library = library
         self.num_threads = num_threads
+        self.memory = Arena()
         self.handle = library.c.sk_pool_new(num_threads)
 
     def __del__(self) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from servekit.kernels.native.library import CMatrix, Format, Library, Pool
 
 PANEL = 64
-ALIGNMENT = 64  # bytes
 GROUPS = {Format.I8: 64, Format.I4: 32}  # activations that share a scale
 HALF = PANEL // 2
 
@@ -51,7 +50,7 @@ def pack(
     order = _gated(len(sources[0])) if gated else np.arange(len(places))
     order = np.concatenate((order, np.full(-len(order) % PANEL, -1)))
     rows = np.where(order < 0, 0, places[order]).astype(np.uint64)
-    data = aligned(library.c.sk_packed_bytes(format, len(rows), width))
+    data = pool.memory.take(library.c.sk_packed_bytes(format, len(rows), width))
     scales = np.zeros(len(rows), np.float32) if format is Format.I8 else None
     kind = Format.BF16 if sources[0].dtype == torch.bfloat16 else Format.F32
     library.c.sk_pack(
@@ -78,13 +77,6 @@ def pack(
         GROUPS.get(format, PANEL),
     )
     return PackedWeight(matrix, format, width, data, scales, offsets)
-
-
-def aligned(size: int) -> np.ndarray:
-    """``[size]`` uint8 zeros that begin at a cache line."""
-    memory = np.zeros(size + ALIGNMENT, np.uint8)
-    first = -memory.ctypes.data % ALIGNMENT
-    return memory[first : first + size]
 
 
 def _readable(part: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from servekit.kernels.native.library import CCache, CRows, CStep, Format, Library, Pool
-from servekit.kernels.native.packing import PANEL, PackedWeight, aligned
+from servekit.kernels.native.memory import aligned
+from servekit.kernels.native.packing import PANEL, PackedWeight
 from servekit.kernels.paged_attention.metadata import StepRows
 
 NUMPY: dict[Format, np.dtype[Any]] = {
