@@ -13,6 +13,9 @@ from common_platform.platforms import Platform
 TRITON = "triton_backend"
 GPU = ("cuda", "rocm", "xpu")  # platforms whose kernels are Triton's
 BACKENDS: dict[str, tuple[str, ...]] = {  # operation -> its modules, the best first; the last one runs anywhere
+    "fused_moe": (TRITON, "sorted"),
+    "moe_align": (TRITON, "reference"),
+    "moe_routing": (TRITON, "reference"),
     "quantize": (TRITON, "reference"),
     "quantized_linear": (TRITON, "reference"),
     "rms_norm": (TRITON, "fused"),

@@ -1,0 +1,52 @@
+"""Experts by torch: pairs sorted by expert, so that each expert that is met is one product, of its own rows only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from servekit.kernels.fused_moe.experts import BlockExperts, ExpertWeights
+from servekit.kernels.quantize.reference import quantize
+from servekit.kernels.quantized_linear.weights import BLOCK
+
+
+def fused_moe(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    shared: Tensor | None = None,
+) -> Tensor:
+    """As ``reference.fused_moe``; products have the dtype of ``x``, and only experts that are met are dequantized."""
+    num_experts, _, _ = gate_up.shape
+    top_k = experts.shape[1]
+    flat = experts.reshape(-1).long()
+    flat = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)  # another rank's come last
+    ends = torch.bincount(flat, minlength=num_experts + 1).cumsum(0).tolist()
+    pairs = flat.argsort(stable=True)[: ends[num_experts - 1]]
+    rows = _quantized_as(x, gate_up)[pairs // top_k]
+    results = torch.empty(len(pairs), x.shape[1], dtype=x.dtype, device=x.device)
+    first = 0
+    for expert, last in enumerate(ends[:num_experts]):
+        if last > first:
+            results[first:last] = _swiglu(rows[first:last], gate_up, down, expert)
+        first = last
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if shared is None else shared.float()
+    out = out.index_add(0, pairs // top_k, results.float() * weights.reshape(-1)[pairs, None])
+    return out.to(x.dtype)
+
+
+def _swiglu(rows: Tensor, gate_up: ExpertWeights, down: ExpertWeights, expert: int) -> Tensor:
+    gate, up = (rows @ gate_up.weight_of(expert).to(rows.dtype).t()).chunk(2, dim=-1)
+    inner = _quantized_as(silu(gate) * up, down)
+    return inner @ down.weight_of(expert).to(rows.dtype).t()
+
+
+def _quantized_as(x: Tensor, weights: ExpertWeights) -> Tensor:
+    """What is left of ``x`` where the kernels multiply in float8."""
+    if not isinstance(weights, BlockExperts):
+        return x
+    values, scales = quantize(x, weights.values.dtype, BLOCK)
+    return (values.float() * scales.repeat_interleave(BLOCK, dim=1)[:, : x.shape[1]]).to(x.dtype)
