@@ -53,7 +53,7 @@ def moe_tiles(num_pairs: int, num_experts: int, kind: int, *, gated: bool) -> Mo
     if rows <= 32:
         return MoeTiles(rows=rows, cols=32 if narrow else 64, inner=inner)
     cols = 32 if narrow else 64 if gated or kind == INT4 else 128
-    return MoeTiles(rows=rows, cols=cols, inner=inner, num_warps=8)
+    return MoeTiles(rows=rows, cols=cols, inner=inner, num_warps=4 if narrow else 8)
 
 
 @triton.jit
