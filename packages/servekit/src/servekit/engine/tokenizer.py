@@ -58,6 +58,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """The special tokens by their text."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; ``add_special_tokens`` adds what the model expects around a prompt."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)

@@ -25,6 +25,7 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None  # Lark or EBNF
+    lark: str | None = None  # a grammar that the server wrote itself
     json_object: bool = False
 
     def __post_init__(self) -> None:

@@ -72,6 +72,8 @@ def read_chat(door: Door, model: ChatModel, body: dict[str, Any], checks: dict[s
     tools = tool_use(checked, model, door.config.limits, is_structured=spec is not None)
     if tools.constraint is not None:
         spec, names = tools.constraint, {"json": "tools", "structured_outputs": "tool_choice"}
+    elif tools.guide is not None:
+        spec, names = tools.guide, {"lark": "tools", "structured_outputs": "tools"}
     is_json = tools.constraint is not None or checked.get("response_format") is not None
     reasoning = "" if is_json else model.reasoning_parser  # a grammar leaves no room to think
     hides = "skip_special_tokens" not in checked and needs_special_tokens(tools.parser, reasoning)

@@ -98,6 +98,7 @@ def make_state(engine: AsyncEngine, config: ServerConfig) -> ServerState:
         tool_parser=config.tool_call_parser,
         reasoning_parser=config.reasoning_parser,
         template_file=config.chat_template,
+        special_ids=engine.tokenizer.special_ids,
     )
     return ServerState(
         engine=engine,

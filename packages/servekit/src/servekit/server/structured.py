@@ -50,6 +50,11 @@ def check_schema(schema: dict[str, Any], path: str, limits: ServerLimits) -> Non
     _check(StructuredOutput(json=_as_text(schema)), limits, {"json": path})
 
 
+def check_text(lark: str, path: str, limits: ServerLimits) -> None:
+    """Raise RequestError for a grammar of the server's own that is too large."""
+    _check(StructuredOutput(lark=lark), limits, {"lark": path})
+
+
 def _of_response_format(value: dict[str, Any]) -> StructuredOutput | None:
     path = "response_format"
     kind = value.get("type")

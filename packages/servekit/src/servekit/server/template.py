@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import TemplateError, meta
@@ -26,6 +26,7 @@ class ChatModel:
     variables: frozenset[str]  # that the template reads from outside: the only ones a caller may set
     tool_parser: str
     reasoning_parser: str
+    special_ids: Mapping[str, int] = field(default_factory=dict)  # of the tokenizer's special tokens, by their text
 
     @property
     def shows_tools(self) -> bool:
@@ -33,7 +34,12 @@ class ChatModel:
 
 
 def chat_model(
-    folder: str | Path, *, tool_parser: str, reasoning_parser: str, template_file: str | None = None
+    folder: str | Path,
+    *,
+    tool_parser: str,
+    reasoning_parser: str,
+    template_file: str | None = None,
+    special_ids: Mapping[str, int] | None = None,
 ) -> ChatModel:
     """What to say to the model in ``folder``, and how to read it.
 
@@ -56,6 +62,7 @@ def chat_model(
         variables=frozenset() if source is None else _variables(source) - OF_EVERY_TEMPLATE - set(special),
         tool_parser=_chosen(tool_parser, tool_parser_of(source or "")),
         reasoning_parser=_chosen(reasoning_parser, reasoning_parser_of(source or "")),
+        special_ids=special_ids or {},
     )
 
 

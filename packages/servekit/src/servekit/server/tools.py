@@ -10,27 +10,27 @@ from typing import Any
 from common_platform.errors import RequestError
 from servekit.sampling.parameters import StructuredOutput
 from servekit.server import fields as f
+from servekit.server.call_schemas import ANY_OBJECT, Tool, list_of_calls
 from servekit.server.limits import ServerLimits
 from servekit.server.parsers.base import Parser
 from servekit.server.parsers.constrained import NamedParser, RequiredParser
 from servekit.server.parsers.registry import REASONING_PARSERS, TOOL_PARSERS, Make, Pipeline
-from servekit.server.structured import check_schema
+from servekit.server.strict_calls import Calls, strict_grammar
+from servekit.server.structured import check_schema, check_text
 from servekit.server.template import ChatModel
-
-DEFINITIONS = ("$defs", "definitions")
-ANY_OBJECT: dict[str, Any] = {"type": "object"}
-Tool = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
     """What a request's tools come to.
 
-    ``shown`` is for the template; ``constraint`` forces calls; ``force`` is the function that the caller named.
+    ``shown`` is for the template; ``constraint`` forces calls; ``force`` is the function that the caller named;
+    ``guide`` leaves the text free, and holds calls to the schemas of strict functions.
     """
 
     shown: Sequence[Tool] | None = None
     constraint: StructuredOutput | None = None
+    guide: StructuredOutput | None = None
     force: str = ""
     parser: str = ""
     is_parallel: bool = True
@@ -88,13 +88,19 @@ def tool_use(checked: Mapping[str, Any], model: ChatModel, limits: ServerLimits,
         raise f.unsupported("tools", f"{len(tools)} tools", "none: this model's chat template does not show them")
     is_parallel = checked.get("parallel_tool_calls", True)
     if choice == "auto":
-        is_json = is_structured and checked.get("response_format") is not None
-        return _free(tools, model, is_json=is_json, is_parallel=is_parallel)
+        if not model.tool_parser:
+            limit = "none, or tool_choice required: what this model writes for calls is not known"
+            raise f.unsupported("tools", f"{len(tools)} tools", limit, flag="--tool-call-parser")
+        if is_structured:  # where its text is bound to be JSON, the model has no way to call
+            parser = "" if checked.get("response_format") is not None else model.tool_parser
+            return ToolUse(tools, parser=parser, is_parallel=is_parallel)
+        guide = _guide(tools, model, limits, is_parallel=is_parallel)
+        return ToolUse(tools, guide=guide, parser=model.tool_parser, is_parallel=is_parallel)
     if is_structured:
         limit = "auto or none beside response_format or structured_outputs"
         raise RequestError("tool_choice", choice if isinstance(choice, str) else "a function", limit, code="conflict")
     if choice == "required":
-        schema = _schema_of_calls(tools, is_parallel=is_parallel)
+        schema = list_of_calls(tools, is_parallel=is_parallel)
         check_schema(schema, "tools", limits)
         return ToolUse(tools, _constraint(schema), is_parallel=is_parallel)
     name = choice["function"]["name"]  # type: ignore[index]
@@ -105,37 +111,21 @@ def tool_use(checked: Mapping[str, Any], model: ChatModel, limits: ServerLimits,
     return ToolUse(tools, _constraint(function.get("parameters") or ANY_OBJECT), force=name)
 
 
-def _free(tools: Sequence[Tool], model: ChatModel, *, is_json: bool, is_parallel: bool) -> ToolUse:
-    """The model decides. Where its text is bound to be JSON, it has no way to call."""
-    if not model.tool_parser:
-        limit = "none, or tool_choice required: what this model writes for calls is not known"
-        raise f.unsupported("tools", f"{len(tools)} tools", limit, flag="--tool-call-parser")
-    return ToolUse(tools, parser="" if is_json else model.tool_parser, is_parallel=is_parallel)
+def _guide(
+    tools: Sequence[Tool], model: ChatModel, limits: ServerLimits, *, is_parallel: bool
+) -> StructuredOutput | None:
+    """The grammar of free text with strict calls in it; None where no function is strict."""
+    strict = next((index for index, tool in enumerate(tools) if tool["function"].get("strict")), None)
+    if strict is None:
+        return None
+    calls = Calls(tools=tools, is_parallel=is_parallel, reasoning=model.reasoning_parser, special_ids=model.special_ids)
+    text = strict_grammar(model.tool_parser, calls)
+    if text is None:
+        limit = "false with tool_choice auto: what this model writes for calls cannot be held to a schema"
+        raise f.unsupported(f"tools[{strict}].function.strict", True, limit)
+    check_text(text, "tools", limits)
+    return StructuredOutput(lark=text)
 
 
 def _constraint(schema: dict[str, Any]) -> StructuredOutput:
     return StructuredOutput(json=json.dumps(schema, ensure_ascii=False))
-
-
-def _schema_of_calls(tools: Sequence[Tool], *, is_parallel: bool) -> dict[str, Any]:
-    """A list of one call or more; definitions that functions refer to move to the top."""
-    definitions: dict[str, dict[str, Any]] = {key: {} for key in DEFINITIONS}
-    calls = []
-    for index, tool in enumerate(tools):
-        function = tool["function"]
-        parameters = dict(function.get("parameters") or ANY_OBJECT)
-        for key in DEFINITIONS:
-            _move(parameters.pop(key, {}), definitions[key], f"tools[{index}].function.parameters.{key}")
-        properties = {"name": {"const": function["name"]}, "parameters": parameters}
-        required = ["name", "parameters"]
-        calls.append({"type": "object", "properties": properties, "required": required, "additionalProperties": False})
-    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
-    if not is_parallel:
-        schema["maxItems"] = 1
-    return schema | {key: found for key, found in definitions.items() if found}
-
-
-def _move(found: Any, into: dict[str, Any], path: str) -> None:
-    for name, schema in found.items() if isinstance(found, dict) else ():
-        if into.setdefault(name, schema) != schema:
-            raise RequestError(f"{path}.{name}"[:128], "two schemas of one name", "one", code="conflict")

@@ -46,6 +46,8 @@ def to_grammar(spec: StructuredOutput) -> str:
         return str(matcher.grammar_from_regex(spec.regex))
     if spec.choice is not None:
         return str(matcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in spec.choice)))
+    if spec.lark is not None:
+        return str(matcher.grammar_from_lark(spec.lark))
     text = spec.grammar or ""
     return _from_ebnf(text) if "::=" in text else str(matcher.grammar_from_lark(text))
 

@@ -52,6 +52,8 @@ def check_limits(spec: StructuredOutput, limits: GrammarLimits) -> None:
         check_regex("regex", spec.regex, limits)
     elif spec.choice is not None:
         _check_choice(spec.choice, limits)
+    elif spec.lark is not None:
+        _check_bytes("lark", spec.lark, limits)
     elif spec.grammar is not None:
         _check_bytes("grammar", spec.grammar, limits)
         if not spec.grammar.strip():
@@ -59,7 +61,7 @@ def check_limits(spec: StructuredOutput, limits: GrammarLimits) -> None:
 
 
 def _check_unicode(spec: StructuredOutput) -> None:
-    for name in ("json", "regex", "grammar", "choice"):
+    for name in ("json", "regex", "grammar", "lark", "choice"):
         text = "".join(getattr(spec, name) or ())
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise RequestError(name, text, "text without lone surrogates", code="grammar_invalid")
