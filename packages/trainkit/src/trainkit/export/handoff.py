@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import trainkit
 from common_platform.artifact import ArtifactWriter, Probe
 from common_platform.errors import ConfigError, ExportError
+from trainkit.lm.lora import has_adapter, merged
 from trainkit.lm.tokenizer import load_tokenizer
 from trainkit.module import TrainModule
 
@@ -38,7 +39,8 @@ def handoff(
     """Write ``module`` where a server, or transformers, can take it up.
 
     Args:
-        module: a ``TrainModule`` with a ``model`` of transformers, or such a model itself.
+        module: a ``TrainModule`` with a ``model`` of transformers, or such a model itself. An adapter of peft is
+            merged into a copy first.
         tokenizer: a tokenizer of transformers, or a folder with one.
         path: the folder to write; it appears whole or not at all.
         dtype: of the weights in the file.
@@ -80,7 +82,7 @@ def _model_of(module: nn.Module) -> Any:
     model = getattr(module, "model", module) if isinstance(module, TrainModule) else module
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         raise ExportError("module", type(module).__name__, "a causal LM of transformers, or a TrainModule around one")
-    return model
+    return merged(model) if has_adapter(model) else model
 
 
 def _tensors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:

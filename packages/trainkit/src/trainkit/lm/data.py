@@ -124,37 +124,23 @@ def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
     return [[examples[i] for i in group] for group in groups]
 
 
-def collate_packed(groups: Sequence[Sequence[Example]], pad_token_id: int) -> dict[str, Tensor]:
-    """A batch of packed rows. Tokens see only their own document, and positions begin anew in each.
+def collate_packed(groups: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
+    """One row of all documents of all groups, without a pad token between them.
 
     Returns:
-        ``input_ids``, ``labels``, ``position_ids`` ``[rows, longest]`` and a bool ``attention_mask``
-        ``[rows, 1, longest, longest]``, True where a token may look. The first label of a document is ``IGNORED``:
-        nothing before it is its own.
+        ``input_ids``, ``labels``, ``position_ids`` ``[1, tokens]`` int64, positions from 0 in each document, and
+        ``lengths`` ``[documents]`` int64. The first label of a document is ``IGNORED``: nothing before it is its own.
     """
-    rows = [_row(group) for group in groups]
-    batch = pad([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows], pad_token_id)
-    longest = batch["input_ids"].shape[1]
-    position_ids = torch.zeros((len(rows), longest), dtype=torch.int64)
-    documents = torch.full((len(rows), longest), -1)
-    for index, row in enumerate(rows):
-        length = len(row["input_ids"])
-        position_ids[index, :length] = torch.tensor(row["positions"])
-        documents[index, :length] = torch.tensor(row["documents"])
-    same = documents[:, :, None] == documents[:, None, :]
-    mask = same & torch.ones(longest, longest, dtype=torch.bool).tril()
-    return batch | {"position_ids": position_ids, "attention_mask": mask[:, None]}
-
-
-def _row(group: Sequence[Example]) -> dict[str, list[int]]:
-    row: dict[str, list[int]] = {"input_ids": [], "labels": [], "positions": [], "documents": []}
-    for number, example in enumerate(group):
-        length = len(example["input_ids"])
-        row["input_ids"] += example["input_ids"]
-        row["labels"] += [IGNORED, *example["labels"][1:]]
-        row["positions"] += range(length)
-        row["documents"] += [number] * length
-    return row
+    documents = [example for group in groups for example in group]
+    lengths = [len(example["input_ids"]) for example in documents]
+    input_ids = [token for example in documents for token in example["input_ids"]]
+    labels = [label for example in documents for label in [IGNORED, *example["labels"][1:]]]
+    return {
+        "input_ids": torch.tensor([input_ids]),
+        "labels": torch.tensor([labels]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "lengths": torch.tensor(lengths),
+    }
 
 
 class PackedDataset(Dataset[list[Example]]):
@@ -167,7 +153,6 @@ class PackedDataset(Dataset[list[Example]]):
 
     def __init__(self, dataset: ChatDataset, max_length: int) -> None:
         self._groups = pack([dataset[i] for i in range(len(dataset))], max_length)
-        self._pad = dataset.tokenizer.pad_token_id or 0
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -176,4 +161,5 @@ class PackedDataset(Dataset[list[Example]]):
         return self._groups[index]
 
     def collate(self, groups: Sequence[list[Example]]) -> dict[str, Tensor]:
-        return collate_packed(groups, self._pad)
+        """A batch of ``CausalLM``; see ``collate_packed``."""
+        return collate_packed(groups)
