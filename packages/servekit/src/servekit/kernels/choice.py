@@ -13,7 +13,10 @@ from common_platform.platforms import Platform
 TRITON = "triton_backend"
 GPU = ("cuda", "rocm", "xpu")  # platforms whose kernels are Triton's
 BACKENDS: dict[str, tuple[str, ...]] = {  # operation -> its modules, the best first; the last one runs anywhere
+    "cascade_attention": (TRITON, "reference"),
     "fused_moe": (TRITON, "sorted"),
+    "merge_attention": (TRITON, "reference"),
+    "mla_decode": (TRITON, "reference"),
     "moe_align": (TRITON, "reference"),
     "moe_routing": (TRITON, "reference"),
     "quantize": (TRITON, "reference"),

@@ -1,0 +1,221 @@
+"""Attention with a shared prefix by Triton: one kernel, twice.
+
+For the prefix the queries of all rows are one matrix, so keys are read once for many rows and the tensor cores are
+full; for a row's own tokens the matrix is the queries of one KV head. Parts are merged by their log-sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from common_platform.kernels import Specialization, Work
+from servekit.kernels.merge_attention.triton_backend import merge_attention
+
+KEYS = 64  # of a step
+PROGRAMS = 264  # to have at least: two for each multiprocessor of an H100
+MOST_SPLITS = 16
+SHORTEST = 256  # keys of a split at the least
+NUM_WARPS = 4
+NUM_STAGES = 2
+
+
+@triton.jit
+def _part(
+    query_ptr,
+    keys_ptr,
+    values_ptr,
+    tables_ptr,
+    contexts_ptr,
+    parts_ptr,
+    log_sums_ptr,
+    rows,
+    heads,
+    kv_heads,
+    block_size,
+    max_blocks,
+    prefix,
+    first_part,
+    scale,
+    soft_cap,
+    SHARED: tl.constexpr,  # the prefix, for all rows at once; else the rest, row by row
+    CAPPED: tl.constexpr,
+    GROUP: tl.constexpr,  # heads of a KV head
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_UP: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    kv_head, split = tl.program_id(1), tl.program_id(2)
+    columns = tl.arange(0, WIDTH_UP)
+    inside = columns < WIDTH
+    lane = tl.arange(0, QUERIES)
+    if SHARED:
+        lane += tl.program_id(0) * QUERIES
+        row = lane // GROUP
+        is_query = row < rows
+        table = tables_ptr
+        start, end = 0, prefix
+    else:
+        row = lane * 0 + tl.program_id(0)
+        is_query = lane < GROUP
+        table = tables_ptr + tl.program_id(0).to(tl.int64) * max_blocks
+        start, end = prefix, tl.load(contexts_ptr + tl.program_id(0))
+    head = row.to(tl.int64) * heads + kv_head * GROUP + lane % GROUP
+    real = is_query[:, None] & inside[None, :]
+    query = tl.load(query_ptr + head[:, None] * WIDTH + columns[None, :], mask=real, other=0.0)
+    length = tl.cdiv(tl.cdiv(end - start, SPLITS), KEYS) * KEYS
+    first = start + split * length
+    last = tl.minimum(first + length, end)
+    highest = tl.full((QUERIES,), -1e30, dtype=tl.float32)
+    total = tl.zeros((QUERIES,), dtype=tl.float32)
+    result = tl.zeros((QUERIES, WIDTH_UP), dtype=tl.float32)
+    for begin in range(first, last, KEYS):
+        position = begin + tl.arange(0, KEYS)
+        is_key = position < last
+        block = tl.load(table + position // block_size, mask=is_key, other=0).to(tl.int64)
+        place = ((block * block_size + position % block_size) * kv_heads + kv_head) * WIDTH
+        keys = tl.load(keys_ptr + place[None, :] + columns[:, None], mask=is_key[None, :] & inside[:, None], other=0.0)
+        scores = tl.dot(query, keys.to(query.dtype)) * scale
+        if CAPPED:
+            scores = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * scores / soft_cap) + 1.0))
+        scores = tl.where(is_key[None, :], scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, axis=1))
+        rescale = tl.exp(highest - higher)
+        powers = tl.exp(scores - higher[:, None])
+        total = total * rescale + tl.sum(powers, axis=1)
+        values = tl.load(
+            values_ptr + place[:, None] + columns[None, :], mask=is_key[:, None] & inside[None, :], other=0.0
+        )
+        result = result * rescale[:, None] + tl.dot(powers.to(query.dtype), values.to(query.dtype))
+        highest = higher
+    has_keys = total > 0
+    result = result / tl.where(has_keys, total, 1.0)[:, None]
+    place = (first_part + split).to(tl.int64) * rows * heads + head
+    tl.store(parts_ptr + place[:, None] * WIDTH + columns[None, :], result, mask=real)
+    log_sum = tl.where(has_keys, highest + tl.log(tl.where(has_keys, total, 1.0)), float("-inf"))
+    tl.store(log_sums_ptr + place, log_sum, mask=is_query)
+
+
+def cascade_attention(
+    query: Tensor,
+    cache: Tensor,
+    tables: Tensor,
+    contexts: Tensor,
+    prefix: int,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> Tensor:
+    """As ``reference.cascade_attention``."""
+    query = query.contiguous()
+    rows, heads, width = query.shape
+    _, _, block_size, kv_heads, _ = cache.shape
+    if not rows:
+        return query.clone()
+    group = heads // kv_heads
+    together = queries_of(rows * group)
+    tall = triton.cdiv(rows * group, together)
+    shared = splits_of(tall * kv_heads, prefix) if prefix else 0
+    own = splits_of(rows * kv_heads, tables.shape[1] * block_size - prefix)
+    parts = torch.empty(shared + own, rows, heads, width, dtype=torch.float32, device=query.device)
+    log_sums = torch.empty(shared + own, rows, heads, dtype=torch.float32, device=query.device)
+
+    def launch(grid: tuple[int, int, int], first_part: int, queries: int, *, is_shared: bool) -> None:
+        _part[grid](
+            query,
+            cache[0],
+            cache[1],
+            tables,
+            contexts,
+            parts,
+            log_sums,
+            rows,
+            heads,
+            kv_heads,
+            block_size,
+            tables.shape[1],
+            prefix,
+            first_part,
+            scale,
+            soft_cap,
+            **_constants(group, queries, width, grid[2], is_shared=is_shared, capped=soft_cap > 0),
+            num_warps=NUM_WARPS,
+            num_stages=NUM_STAGES,
+        )
+
+    if shared:
+        launch((tall, kv_heads, shared), 0, together, is_shared=True)
+    launch((rows, kv_heads, own), shared, max(16, triton.next_power_of_2(group)), is_shared=False)
+    return merge_attention(parts, log_sums, query.dtype)
+
+
+def queries_of(count: int) -> int:
+    """The height of a tile for the prefix."""
+    return max(16, min(64, triton.next_power_of_2(count)))
+
+
+def splits_of(programs: int, longest: int) -> int:
+    """Parts of some keys: enough for every multiprocessor, none too short; by sizes that the host knows."""
+    splits = 1
+    while splits < MOST_SPLITS and programs * splits < PROGRAMS and longest >= splits * 2 * SHORTEST:
+        splits *= 2
+    return splits
+
+
+def _constants(
+    group: int, queries: int, width: int, splits: int, *, is_shared: bool, capped: bool
+) -> dict[str, int | bool]:
+    return {
+        "SHARED": is_shared,
+        "CAPPED": capped,
+        "GROUP": group,
+        "QUERIES": queries,
+        "KEYS": KEYS,
+        "WIDTH": width,
+        "WIDTH_UP": triton.next_power_of_2(width),
+        "SPLITS": splits,
+    }
+
+
+def _specialization(name: str, queries: int, *, is_shared: bool, capped: bool = False) -> Specialization:
+    pointers = ("query_ptr", "keys_ptr", "values_ptr")
+    sizes = {"rows": "i32", "heads": "i32:16", "kv_heads": "i32", "block_size": "i32:16", "max_blocks": "i32"}
+    scalars = {"prefix": "i32", "first_part": "i32", "scale": "fp32", "soft_cap": "fp32"}
+    return Specialization(
+        kernel=_part,
+        name=f"bf16, head_dim 128, {name}",
+        signature=dict.fromkeys(pointers, "*bf16")
+        | {"tables_ptr": "*i32", "contexts_ptr": "*i32", "parts_ptr": "*fp32", "log_sums_ptr": "*fp32"}
+        | sizes
+        | scalars,
+        constants=_constants(4, queries, 128, 4, is_shared=is_shared, capped=capped),
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+        amd_stages=1,
+    )
+
+
+SPECIALIZATIONS = (
+    _specialization("prefix of all rows", 64, is_shared=True),
+    _specialization("each row's own", 16, is_shared=False),
+    _specialization("prefix of all rows, soft cap", 64, is_shared=True, capped=True),
+)
+
+
+def _work(rows: int, prefix: int, own: int) -> Work:
+    heads, kv_heads, width = 32, 8, 128
+    keys = (prefix + rows * own) * 2 * kv_heads * width * 2
+    return Work(
+        operation="cascade_attention",
+        shape=f"{rows} rows, {prefix} shared and {own} own tokens, 32 heads, 8 KV heads, head_dim 128, bf16",
+        bytes=keys + rows * heads * width * 2 * 2,
+        flops=rows * (prefix + own) * heads * width * 4,
+        bound="bandwidth",
+        target=0.6,
+    )
+
+
+WORKS = (_work(64, 8192, 256),)

@@ -1,0 +1,177 @@
+"""Latent attention by Triton: sixteen heads read each compressed key once, as key and as value.
+
+Long contexts are split among programs, whose parts are merged.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from common_platform.kernels import Specialization, Work
+from servekit.kernels.merge_attention.triton_backend import merge_attention
+
+HEADS = 16  # of a program, the height of a tensor core's tile
+KEYS = 32  # of a step
+PROGRAMS = 264  # to have at least: two for each multiprocessor of an H100
+MOST_SPLITS = 16
+SHORTEST = 256  # keys of a split at the least
+NUM_WARPS = 4
+NUM_STAGES = 2
+
+
+@triton.jit
+def _mla(
+    query_ptr,
+    cache_ptr,
+    tables_ptr,
+    contexts_ptr,
+    parts_ptr,
+    log_sums_ptr,
+    rows,
+    heads,
+    block_size,
+    max_blocks,
+    scale,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
+    LATENT_UP: tl.constexpr,
+    ROPE_UP: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    row, split = tl.program_id(0), tl.program_id(2)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    latent, rope = tl.arange(0, LATENT_UP), tl.arange(0, ROPE_UP)
+    WIDTH: tl.constexpr = LATENT + ROPE
+    real = (head < heads)[:, None]
+    line = query_ptr + (row.to(tl.int64) * heads + head)[:, None] * WIDTH
+    query = tl.load(line + latent[None, :], mask=real & (latent < LATENT)[None, :], other=0.0)
+    query_rope = tl.load(line + LATENT + rope[None, :], mask=real & (rope < ROPE)[None, :], other=0.0)
+    context = tl.load(contexts_ptr + row)
+    length = tl.cdiv(tl.cdiv(context, SPLITS), KEYS) * KEYS
+    first = split * length
+    last = tl.minimum(first + length, context)
+    highest = tl.full((HEADS,), -1e30, dtype=tl.float32)
+    total = tl.zeros((HEADS,), dtype=tl.float32)
+    values = tl.zeros((HEADS, LATENT_UP), dtype=tl.float32)
+    for start in range(first, last, KEYS):
+        position = start + tl.arange(0, KEYS)
+        is_key = position < last
+        block = tl.load(tables_ptr + row * max_blocks + position // block_size, mask=is_key, other=0).to(tl.int64)
+        place = cache_ptr + (block * block_size + position % block_size) * WIDTH
+        keys = tl.load(place[:, None] + latent[None, :], mask=is_key[:, None] & (latent < LATENT)[None, :], other=0.0)
+        keys_rope = tl.load(
+            place[None, :] + LATENT + rope[:, None], mask=is_key[None, :] & (rope < ROPE)[:, None], other=0.0
+        )
+        scores = tl.dot(query, tl.trans(keys.to(query.dtype))) + tl.dot(query_rope, keys_rope.to(query.dtype))
+        scores = tl.where(is_key[None, :], scores * scale, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, axis=1))
+        rescale = tl.exp(highest - higher)
+        powers = tl.exp(scores - higher[:, None])
+        total = total * rescale + tl.sum(powers, axis=1)
+        values = values * rescale[:, None] + tl.dot(powers.to(query.dtype), keys.to(query.dtype))
+        highest = higher
+    has_keys = total > 0
+    values = values / tl.where(has_keys, total, 1.0)[:, None]
+    place = (split.to(tl.int64) * rows + row) * heads + head
+    tl.store(
+        parts_ptr + place[:, None] * LATENT + latent[None, :],
+        values.to(parts_ptr.dtype.element_ty),
+        mask=real & (latent < LATENT)[None, :],
+    )
+    log_sum = tl.where(has_keys, highest + tl.log(tl.where(has_keys, total, 1.0)), float("-inf"))
+    tl.store(log_sums_ptr + place, log_sum, mask=head < heads)
+
+
+def mla_decode(
+    query: Tensor, cache: Tensor, tables: Tensor, contexts: Tensor, latent: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.mla_decode``."""
+    query = query.contiguous()
+    rows, heads, width = query.shape
+    block_size = cache.shape[1]
+    splits = splits_of(rows * triton.cdiv(heads, HEADS), tables.shape[1] * block_size)
+    parts = torch.empty(
+        splits, rows, heads, latent, dtype=torch.float32 if splits > 1 else query.dtype, device=query.device
+    )
+    log_sums = torch.empty(splits, rows, heads, dtype=torch.float32, device=query.device)
+    if not rows:
+        return parts[0], log_sums[0]
+    _mla[(rows, triton.cdiv(heads, HEADS), splits)](
+        query,
+        cache,
+        tables,
+        contexts,
+        parts,
+        log_sums,
+        rows,
+        heads,
+        block_size,
+        tables.shape[1],
+        scale,
+        **_constants(latent, width - latent, splits),
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    if splits == 1:
+        return parts[0], log_sums[0]
+    return merge_attention(parts, log_sums, query.dtype), log_sums.logsumexp(dim=0)
+
+
+def splits_of(programs: int, longest: int) -> int:
+    """Parts of a context: enough for every multiprocessor, none too short; by sizes that the host knows."""
+    splits = 1
+    while splits < MOST_SPLITS and programs * splits < PROGRAMS and longest >= splits * 2 * SHORTEST:
+        splits *= 2
+    return splits
+
+
+def _constants(latent: int, rope: int, splits: int) -> dict[str, int]:
+    return {
+        "LATENT": latent,
+        "ROPE": rope,
+        "LATENT_UP": triton.next_power_of_2(latent),
+        "ROPE_UP": triton.next_power_of_2(rope),
+        "HEADS": HEADS,
+        "KEYS": KEYS,
+        "SPLITS": splits,
+    }
+
+
+SPECIALIZATIONS = tuple(
+    Specialization(
+        kernel=_mla,
+        name=f"bf16, latent 512, rope 64, {splits} split{'s' if splits > 1 else ''}",
+        signature={"query_ptr": "*bf16", "cache_ptr": "*bf16", "tables_ptr": "*i32", "contexts_ptr": "*i32"}
+        | {"parts_ptr": "*fp32" if splits > 1 else "*bf16", "log_sums_ptr": "*fp32"}
+        | {"rows": "i32", "heads": "i32:16", "block_size": "i32:16", "max_blocks": "i32", "scale": "fp32"},
+        constants=_constants(512, 64, splits),
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+        amd_stages=1,
+    )
+    for splits in (1, 8)
+)
+
+WORKS = (
+    Work(
+        operation="mla_decode",
+        shape="64 rows x 4096 tokens, 16 heads, latent 512, rope 64, bf16",
+        bytes=64 * 4096 * 576 * 2 + 64 * 16 * (576 + 512) * 2,
+        flops=64 * 4096 * 16 * 2 * (576 + 512),
+        bound="bandwidth",
+        target=0.8,
+    ),
+    Work(
+        operation="mla_decode",
+        shape="64 rows x 4096 tokens, 128 heads, latent 512, rope 64, bf16",
+        bytes=64 * 4096 * 576 * 2 + 64 * 128 * (576 + 512) * 2,
+        flops=64 * 4096 * 128 * 2 * (576 + 512),
+        bound="tensor cores",
+        target=0.4,
+    ),
+)
