@@ -26,7 +26,7 @@ class Compiled:
     """What one block of threads takes."""
 
     registers: int  # a thread; on AMD vector registers, accumulation registers included
-    spills: int  # bytes of a thread on NVIDIA, registers on AMD
+    spills: int  # bytes of a thread's own memory
     shared: int  # bytes
     binary: int  # bytes
 
@@ -92,8 +92,10 @@ def _nvidia(cubin: bytes) -> tuple[int, int]:
 
 
 def _amd(assembly: str) -> tuple[int, int]:
+    """Vector registers and bytes of scratch memory; scalar registers spill to vector registers, which costs little."""
+
     def number(key: str) -> int:
         found = re.search(rf"\.{key}:\s+(\d+)", assembly)
         return int(found.group(1)) if found else 0
 
-    return number("vgpr_count"), number("vgpr_spill_count") + number("sgpr_spill_count")
+    return number("vgpr_count"), number("private_segment_fixed_size")

@@ -15,13 +15,18 @@ GPU = ("cuda", "rocm", "xpu")  # platforms whose kernels are Triton's
 BACKENDS: dict[str, tuple[str, ...]] = {  # operation -> its modules, the best first; the last one runs anywhere
     "cascade_attention": (TRITON, "reference"),
     "fused_moe": (TRITON, "sorted"),
+    "logits": (TRITON, "reference"),
     "merge_attention": (TRITON, "reference"),
     "mla_decode": (TRITON, "reference"),
     "moe_align": (TRITON, "reference"),
     "moe_routing": (TRITON, "reference"),
+    "paged_attention": (TRITON, "sdpa"),
     "quantize": (TRITON, "reference"),
     "quantized_linear": (TRITON, "reference"),
     "rms_norm": (TRITON, "fused"),
+    "rope_kv_write": (TRITON, "reference"),
+    "sample": (TRITON, "reference"),
+    "silu_and_mul": (TRITON, "reference"),
 }
 
 

@@ -44,6 +44,39 @@ class StepRows:
 
 
 @dataclass(slots=True)
+class PagedRows:
+    """The rows as kernels that read block tables themselves want them, on their device.
+
+    ``tables``: ``[rows, blocks]`` int32. ``contexts``: ``[rows]`` int32, tokens that a row has with its new ones; 0 for
+    a row that only fills up a recorded graph. ``firsts``: ``[rows + 1]`` int32, where each row's tokens begin among the
+    step's. ``max_count``, ``max_context``: bounds on a row's new tokens and on its context. ``counts``: on the host.
+    """
+
+    tables: Tensor
+    contexts: Tensor
+    firsts: Tensor
+    counts: np.ndarray
+    max_count: int
+    max_context: int
+    window: int
+    _tiles: dict[int, Tensor] = field(default_factory=dict)
+
+    def tiles_of(self, num_tokens: int, device: torch.device) -> Tensor:
+        """``[tiles, 2]`` int32: each row cut into parts of ``num_tokens``, its number and the first of them.
+
+        The longest rows come first, so that the last programs to start are short ones.
+        """
+        if num_tokens not in self._tiles:
+            parts = -(-self.counts // num_tokens)
+            order = np.argsort(-self.counts, kind="stable")
+            rows = np.repeat(order, parts[order])
+            ends = np.cumsum(parts[order])
+            firsts = (np.arange(len(rows)) - np.repeat(ends - parts[order], parts[order])) * num_tokens
+            self._tiles[num_tokens] = to_device(np.stack((rows, firsts), axis=1).astype(np.int32), device)
+        return self._tiles[num_tokens]
+
+
+@dataclass(slots=True)
 class AttentionMetadata:
     """One KV group's view of a step.
 
@@ -52,7 +85,8 @@ class AttentionMetadata:
     or its window has passed; ``decode_mask``: ``[rows, blocks * block_size]`` bool, True where a token looks; None when
     it is all True. ``decode_partial``: the blocks of which a row sees a part: row, column of the table, and
     ``[blocks, block_size]`` True where it does not look, for there may be anything. ``rows`` and ``tiles`` are for
-    implementations that cut the step otherwise; ``tiles`` is filled by the first layer that does.
+    implementations that cut the step otherwise; ``tiles`` is filled by the first layer that does. ``paged``: for
+    those that read block tables.
     """
 
     block_size: int
@@ -64,6 +98,7 @@ class AttentionMetadata:
     chunks: list[Chunk] = field(default_factory=list)
     rows: StepRows | None = None
     tiles: dict[tuple[int, ...], list[KeyTiles]] = field(default_factory=dict)
+    paged: PagedRows | None = None
 
 
 def build_metadata(
@@ -108,6 +143,39 @@ def build_metadata(
             )
         )
     return metadata
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of ``array`` there; of a GPU by pinned memory, so that the host does not wait for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def paged_rows(rows: StepRows, device: torch.device) -> PagedRows:
+    """As the rows stand: their tables, contexts and first tokens."""
+    contexts = rows.starts + rows.counts
+    firsts = np.concatenate(([0], np.cumsum(rows.counts)))
+    return PagedRows(
+        to_device(rows.tables.astype(np.int32, copy=False), device),
+        to_device(contexts.astype(np.int32), device),
+        to_device(firsts.astype(np.int32), device),
+        rows.counts,
+        int(rows.counts.max()),
+        int(contexts.max()),
+        rows.window,
+    )
+
+
+def paged_metadata(
+    tables: np.ndarray, starts: np.ndarray, counts: np.ndarray, block_size: int, window: int, device: torch.device
+) -> AttentionMetadata:
+    """As ``build_metadata``, with nothing but what kernels need that read block tables themselves."""
+    given = StepRows(tables, starts, counts, window)
+    firsts = np.concatenate(([0], np.cumsum(counts)))
+    row_of = np.repeat(np.arange(len(counts)), counts)
+    positions = np.arange(firsts[-1]) - firsts[row_of] + starts[row_of]
+    write = tables[row_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    return AttentionMetadata(block_size, to_device(write, device), rows=given, paged=paged_rows(given, device))
 
 
 def _places(tables: np.ndarray, context: int, block_size: int) -> np.ndarray:

@@ -1,5 +1,5 @@
-"""The gate of SwiGLU."""
+"""The gates of SwiGLU and GeGLU."""
 
-from servekit.kernels.silu_and_mul.reference import silu_and_mul
+from servekit.kernels.silu_and_mul.reference import gelu_and_mul, silu_and_mul
 
-__all__ = ["silu_and_mul"]
+__all__ = ["gelu_and_mul", "silu_and_mul"]

@@ -1,0 +1,36 @@
+"""The gates of SwiGLU and GeGLU: every implementation against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.kernels.backends import DEVICE, backends, cases
+
+SILU = backends("servekit.kernels.silu_and_mul", "silu_and_mul", of=("reference", "deterministic"))
+GELU = backends("servekit.kernels.silu_and_mul", "gelu_and_mul")
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+
+
+def make_input(shape, dtype):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), cases(SILU))
+@pytest.mark.parametrize("shape", [(3, 2 * 37), (1, 2 * 1030), (5, 2)])
+def test_silu_and_mul(backend, dtype, shape):
+    x = make_input(shape, dtype)
+    gate, up = x.double().chunk(2, dim=-1)
+    actual = SILU[backend](x)
+    assert actual.dtype == dtype
+    near = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    torch.testing.assert_close(actual.double(), torch.nn.functional.silu(gate) * up, **near)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), cases(GELU))
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_and_mul(backend, dtype, approximate):
+    x = make_input((3, 2 * 37), dtype)
+    gate, up = x.double().chunk(2, dim=-1)
+    exact = torch.nn.functional.gelu(gate, approximate=approximate) * up
+    near = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    torch.testing.assert_close(GELU[backend](x, approximate=approximate).double(), exact, **near)
