@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ import pytest
 from tests.servekit.server.processes import ServerProcess, wait_until
 from tests.servekit.server.rows import COMPLETIONS, completion
 
-GOOD = json.dumps(completion()).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
@@ -29,62 +27,6 @@ def sturdy(tiny_model: Path) -> Iterator[ServerProcess]:
     started = ServerProcess(tiny_model, *flags)
     yield started
     started.stop()
-
-
-def damaged(chance: random.Random) -> bytes:
-    """A good request with something wrong in it."""
-    data = bytearray(HEAD % len(GOOD) + GOOD)
-    for _ in range(chance.randint(1, 4)):
-        at = chance.randrange(len(data))
-        match chance.randrange(5):
-            case 0:
-                data[at] = chance.randrange(256)
-            case 1:
-                del data[at : at + chance.randint(1, 40)]
-            case 2:
-                data[at:at] = chance.randbytes(chance.randint(1, 20))
-            case 3:
-                data[at:at] = chance.choice(
-                    [b"\r\n", b"\r\n\r\n", b"\x00", b"Transfer-Encoding: chunked\r\n", b"HTTP/9.9"]
-                )
-            case _:
-                del data[at:]
-        if not data:
-            return b"\x00"
-    return bytes(data)
-
-
-def send(server: ServerProcess, data: bytes) -> int:
-    """The status of the answer; 0 where the connection was closed without one."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        try:
-            connection.sendall(data)
-            connection.shutdown(socket.SHUT_WR)
-            answer = connection.recv(4096)
-        except (ConnectionResetError, BrokenPipeError):
-            return 0
-    return int(answer[9:12]) if answer.startswith(b"HTTP/1.1 ") else 0
-
-
-def storm(server: ServerProcess, count: int, seed: int) -> Counter[int]:
-    chance = random.Random(seed)
-    seen = Counter(send(server, damaged(chance)) for _ in range(count))
-    assert not seen[500], seen
-    assert server.engine() == server.engine_pid
-    assert httpx.post(f"{server.url}{COMPLETIONS}", json=completion(), timeout=20).status_code == 200
-    return seen
-
-
-def test_damaged_requests_are_answered_and_break_nothing(sturdy: ServerProcess) -> None:
-    seen = storm(sturdy, 400, seed=1)
-    assert seen[400] > 50
-    assert not any("Traceback" in line for line in sturdy.said)
-
-
-@pytest.mark.slow
-def test_twenty_thousand_damaged_requests(sturdy: ServerProcess) -> None:
-    print(json.dumps({"statuses": storm(sturdy, 20_000, seed=2)}))
-    assert not any("Traceback" in line for line in sturdy.said)
 
 
 async def post(server: ServerProcess, body: dict[str, Any]) -> tuple[int, dict[str, str], dict[str, Any]]:

@@ -22,11 +22,12 @@ THINKING = "enable_thinking"  # the variable that templates of models which can 
 def anthropic_fields(door: Door, *, counts: bool = False) -> dict[str, f.Check]:
     """Args: counts: for ``/v1/messages/count_tokens``."""
     limits = door.config.limits
-    message: f.Check = lambda value, path: _message(value, path, limits.max_parts)  # noqa: E731
+    said = f.object_schema({"role": f.one_of("user", "assistant"), "content": f.text(ANY_LENGTH)}, "role", "content")
+    message: f.Check = f.described(said)(lambda value, path: _message(value, path, limits.max_parts))
     checks: dict[str, f.Check] = {
         "model": f.any_value,
         "messages": f.listed(message, limits.max_messages, least=1, flag="--max-messages"),
-        "system": lambda value, path: _text(value, path, limits.max_parts),
+        "system": f.described({"type": "string"})(lambda value, path: _text(value, path, limits.max_parts)),
         "tools": f.listed(_tool, limits.max_tools, flag="--max-tools"),
         "tool_choice": _tool_choice,
         "thinking": _thinking,
@@ -85,7 +86,7 @@ def _offer_tools(chat: Translation, checked: Json) -> None:
     if "tools" in checked:
         chat.body["tools"] = []
         for index, tool in enumerate(checked["tools"]):
-            function = {"name": tool["name"], "parameters": tool["input_schema"]} | taken(tool, "description")
+            function = {"name": tool["name"], "parameters": tool["input_schema"]} | taken(tool, "description", "strict")
             chat.body["tools"].append({"type": "function", "function": function})
             chat.names[f"tools[{index}].function.parameters"] = f"tools[{index}].input_schema"
             chat.names[f"tools[{index}].function"] = f"tools[{index}]"

@@ -19,6 +19,7 @@ from servekit.server.routes import (
     admin,
     chat,
     completions,
+    description,
     embeddings,
     health,
     messages,
@@ -30,14 +31,14 @@ from servekit.server.routes import (
 )
 from servekit.server.state import ServerState, make_state
 
-ROUTES = (health, metrics, models, completions, chat, responses, messages, embeddings, tokens)
+ROUTES = (health, metrics, models, completions, chat, responses, messages, embeddings, tokens, description)
 ADMIN_ROUTES = (admin, health, metrics)
 
 
 def build_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     """An ASGI app that serves ``engine``, which is ready, until somebody else shuts it down.
 
-    There are no documentation routes. ``app.state.server`` holds what the routes share.
+    There are no pages of documentation. ``app.state.server`` holds what the routes share.
     """
     app = _app_of(ROUTES, make_state(engine, config))
     app.router.routes.extend(page.make_router(is_public=config.public_page).routes)

@@ -72,6 +72,12 @@ def _suffix(value: Any, path: str) -> None:
 def prompts_of(door: Door, most: int, flag: str, what: str) -> f.Check:
     """A text, token ids, or a list of either, of at most ``most``; the second value tells whether it was a list."""
 
+    text: dict[str, Any] = {"type": "string", "minLength": 1}
+    token = {"type": "integer", "minimum": 0, "maximum": door.facts.vocab_size - 1}
+    tokens = {"type": "array", "items": token, "minItems": 1, "maxItems": door.facts.max_model_len}
+    many = [{"type": "array", "items": one, "minItems": 1, "maxItems": most} for one in (text, tokens)]
+
+    @f.described({"anyOf": [text, tokens, *many]})
     def check(value: Any, path: str) -> tuple[list[Prompt], bool]:
         if isinstance(value, str):
             return [_text(value, path)], False

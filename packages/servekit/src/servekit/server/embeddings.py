@@ -45,12 +45,7 @@ class ScoreRequest(EmbeddingRequest):
 def read_embedding(door: Door, served: EmbeddingModel, body: dict[str, Any]) -> EmbeddingRequest:
     """Raises RequestError for the first fault, or where the model is not served for embeddings."""
     _refuse_if_not_served(door, served, body)
-    checks = _common(door) | {
-        "input": prompts_of(door, door.config.limits.max_embedding_inputs, FLAG, "inputs"),
-        "encoding_format": f.one_of("float", "base64"),
-        "dimensions": f.integer(1, served.size, allowed=f"1..{served.size}, the model's hidden size"),
-    }
-    checked = check_body(door, body, checks, "input")
+    checked = check_body(door, body, embedding_fields(door, served), "input")
     prompts, is_batch = checked["input"]
     return EmbeddingRequest(
         **_taken(checked),
@@ -61,16 +56,17 @@ def read_embedding(door: Door, served: EmbeddingModel, body: dict[str, Any]) -> 
     )
 
 
+def embedding_fields(door: Door, served: EmbeddingModel) -> dict[str, f.Check]:
+    return _common(door) | {
+        "input": prompts_of(door, door.config.limits.max_embedding_inputs, FLAG, "inputs"),
+        "encoding_format": f.one_of("float", "base64"),
+        "dimensions": f.integer(1, served.size, allowed=f"1..{served.size}, the model's hidden size"),
+    }
+
+
 def read_rerank(door: Door, served: EmbeddingModel, body: dict[str, Any]) -> ScoreRequest:
     _refuse_if_not_served(door, served, body)
-    most = door.config.limits.max_embedding_inputs
-    checks = _common(door) | {
-        "query": _text,
-        "documents": f.listed(_document, most, least=1, flag=FLAG),
-        "top_n": f.integer(0, most, FLAG),
-        "return_documents": f.boolean,
-    }
-    checked = check_body(door, body, checks, "query", "documents")
+    checked = check_body(door, body, rerank_fields(door), "query", "documents")
     documents = checked["documents"]
     return ScoreRequest(
         **_taken(checked),
@@ -81,10 +77,19 @@ def read_rerank(door: Door, served: EmbeddingModel, body: dict[str, Any]) -> Sco
     )
 
 
+def rerank_fields(door: Door) -> dict[str, f.Check]:
+    most = door.config.limits.max_embedding_inputs
+    return _common(door) | {
+        "query": _text,
+        "documents": f.listed(_document, most, least=1, flag=FLAG),
+        "top_n": f.integer(0, most, FLAG),
+        "return_documents": f.boolean,
+    }
+
+
 def read_score(door: Door, served: EmbeddingModel, body: dict[str, Any]) -> ScoreRequest:
     _refuse_if_not_served(door, served, body)
-    checks = _common(door) | {"text_1": _texts(door), "text_2": _texts(door)}
-    checked = check_body(door, body, checks, "text_1", "text_2")
+    checked = check_body(door, body, score_fields(door), "text_1", "text_2")
     first, second = checked["text_1"], checked["text_2"]
     if len(first) not in (1, len(second)):
         raise RequestError("text_1", f"{len(first)} texts", f"1, or {len(second)} as text_2", code="conflict")
@@ -94,6 +99,10 @@ def read_score(door: Door, served: EmbeddingModel, body: dict[str, Any]) -> Scor
         names=[*_names("text_1", len(first)), *_names("text_2", len(second))],
         num_queries=len(first),
     )
+
+
+def score_fields(door: Door) -> dict[str, f.Check]:
+    return _common(door) | {"text_1": _texts(door), "text_2": _texts(door)}
 
 
 def _common(door: Door) -> dict[str, f.Check]:
@@ -117,6 +126,7 @@ def _names(name: str, count: int) -> list[str]:
     return [f"{name}[{index}]" for index in range(count)]
 
 
+@f.described({"type": "string", "minLength": 1})
 def _text(value: Any, path: str) -> str:
     text: str = f.text(ANY_LENGTH)(value, path)
     if not text:
@@ -124,6 +134,7 @@ def _text(value: Any, path: str) -> str:
     return text
 
 
+@f.described({"type": "string", "minLength": 1})
 def _document(value: Any, path: str) -> str:
     if isinstance(value, dict):
         return f.check_object(value, path, {"text": _text}, required=("text",))["text"]
@@ -132,7 +143,8 @@ def _document(value: Any, path: str) -> str:
 
 def _texts(door: Door) -> f.Check:
     many = f.listed(_text, door.config.limits.max_embedding_inputs, least=1, flag=FLAG)
-    return lambda value, path: [_text(value, path)] if isinstance(value, str) else many(value, path)
+    either = f.described({"anyOf": [f.schema_of(_text), f.schema_of(many)]})
+    return either(lambda value, path: [_text(value, path)] if isinstance(value, str) else many(value, path))
 
 
 @dataclass(slots=True)

@@ -1,20 +1,37 @@
 """Checks of single fields: each takes a value from outside and its path, and returns what may be used.
 
 A check raises RequestError with the path as ``param``. Booleans are not integers, numbers are not strings, and
-nothing is without a bound.
+nothing is without a bound. What a check takes it also says as a JSON schema, for the description of the routes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from common_platform.errors import RequestError
 from servekit.server.json_body import type_name
 
 Check = Callable[[Any, str], Any]
+C = TypeVar("C", bound=Check)
 INT64 = 2**63
+
+
+def described(schema: dict[str, Any] | None) -> Callable[[C], C]:
+    """Say with a check what it takes; None as a schema: nothing that a caller should send."""
+
+    def mark(check: C) -> C:
+        check.schema = schema  # type: ignore[attr-defined]
+        return check
+
+    return mark
+
+
+def schema_of(check: Check) -> dict[str, Any] | None:
+    """The JSON schema of what ``check`` takes, {} where it is not said, None for a field that is refused."""
+    found: dict[str, Any] | None = getattr(check, "schema", {})
+    return found
 
 
 def wrong_type(path: str, value: object, wanted: str) -> RequestError:
@@ -26,6 +43,7 @@ def unsupported(path: str, value: object, allowed: str, flag: str | None = None)
     return RequestError(path, value, allowed, code="unsupported", flag=flag)
 
 
+@described({"type": "boolean"})
 def boolean(value: Any, path: str) -> bool:
     if not isinstance(value, bool):
         raise wrong_type(path, value, "boolean")
@@ -33,6 +51,7 @@ def boolean(value: Any, path: str) -> bool:
 
 
 def integer(low: int, high: int, flag: str | None = None, allowed: str | None = None) -> Check:
+    @described({"type": "integer", "minimum": low, "maximum": high})
     def check(value: Any, path: str) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise wrong_type(path, value, "integer")
@@ -46,6 +65,7 @@ def integer(low: int, high: int, flag: str | None = None, allowed: str | None = 
 def number(low: float, high: float, *, above: bool = False) -> Check:
     """A finite number in [low, high], or in (low, high] with ``above``."""
 
+    @described({"type": "number", "exclusiveMinimum" if above else "minimum": low, "maximum": high})
     def check(value: Any, path: str) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise wrong_type(path, value, "number")
@@ -59,6 +79,7 @@ def number(low: float, high: float, *, above: bool = False) -> Check:
 
 
 def text(max_chars: int, *, min_chars: int = 0, flag: str | None = None) -> Check:
+    @described({"type": "string", "minLength": min_chars, "maxLength": max_chars})
     def check(value: Any, path: str) -> str:
         if not isinstance(value, str):
             raise wrong_type(path, value, "string")
@@ -71,6 +92,7 @@ def text(max_chars: int, *, min_chars: int = 0, flag: str | None = None) -> Chec
 
 
 def one_of(*choices: str, code: str = "unsupported") -> Check:
+    @described({"enum": list(choices)})
     def check(value: Any, path: str) -> str:
         if not isinstance(value, str):
             raise wrong_type(path, value, "string")
@@ -84,6 +106,7 @@ def one_of(*choices: str, code: str = "unsupported") -> Check:
 def listed(check_item: Check, most: int, *, least: int = 0, flag: str | None = None) -> Check:
     """A list of ``least`` to ``most`` items; the length is checked before any item."""
 
+    @described({"type": "array", "items": schema_of(check_item) or {}, "minItems": least, "maxItems": most})
     def check(value: Any, path: str) -> list[Any]:
         if not isinstance(value, list):
             raise wrong_type(path, value, "array")
@@ -104,6 +127,7 @@ def any_value(value: Any, path: str) -> Any:
     return value
 
 
+@described({"type": "object"})
 def any_object(value: Any, path: str) -> dict[str, Any]:
     """An object that is taken as it is; the body's own limits bound it."""
     if not isinstance(value, dict):
@@ -114,10 +138,19 @@ def any_object(value: Any, path: str) -> dict[str, Any]:
 def refused(allowed: str, *, code: str = "unsupported", flag: str | None = None) -> Check:
     """A field that we know and do not serve."""
 
+    @described(None)
     def check(value: Any, path: str) -> Any:
         raise RequestError(path, type_name(value), allowed, code=code, flag=flag)
 
     return check
+
+
+def object_schema(checks: Mapping[str, Check], *required: str) -> dict[str, Any]:
+    """The JSON schema of an object with these fields; those that are refused are left out."""
+    found = {name: schema_of(check) for name, check in checks.items()}
+    properties = {name: schema for name, schema in found.items() if schema is not None}
+    made: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
+    return made | ({"required": list(required)} if required else {})
 
 
 def check_object(

@@ -1,4 +1,7 @@
-"""HTTP/1.1 with bounds that uvicorn's protocol does not have: the size of headers, and time for them to arrive."""
+"""HTTP/1.1 with bounds that uvicorn's protocol does not have: the size of headers, and time for them to arrive.
+
+It also tells the request under way that its caller has gone where another stands behind it on the connection.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import asyncio
 from typing import Any
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from servekit.server.errors import error_body
 from servekit.server.limits import ServerLimits
 
+NO_HTTP = "the request: not HTTP/1.1 as this server reads it"
 GRACE_S = 1.0  # for the answer 408 to leave before the connection is cut
 
 
@@ -22,6 +26,7 @@ def protocol_class(limits: ServerLimits) -> type[HttpToolsProtocol]:
         _header_bytes = 0
         _deadline: asyncio.TimerHandle | None = None
         _refused = False
+        _under_way: RequestResponseCycle | None = None  # ``cycle`` is the last that came, which may wait for it
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -29,6 +34,7 @@ def protocol_class(limits: ServerLimits) -> type[HttpToolsProtocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._set_deadline(None)
+            self._let_go()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -42,6 +48,27 @@ def protocol_class(limits: ServerLimits) -> type[HttpToolsProtocol]:
                     self._refuse()
                     return
             super().data_received(data)
+
+        def send_400_response(self, msg: str) -> None:
+            """What comes is no HTTP. An answer that has begun is not to be mixed up with this one."""
+            has_begun = self._under_way is not None and self._under_way.response_started
+            is_done = self._under_way is None or self._under_way.response_complete
+            self._let_go()
+            if not self.transport.is_closing():
+                if is_done or not has_begun:
+                    self.transport.write(_plain_answer("400 Bad Request", error_body(400, "invalid_request", NO_HTTP)))
+                self.transport.close()
+
+        def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+            self._under_way = cycle
+            super()._start_asgi_task(cycle, app)
+
+        def _let_go(self) -> None:
+            """Nobody waits for the request under way any more."""
+            cycle = self._under_way
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
         def on_headers_complete(self) -> None:
             self._in_headers = False
@@ -67,13 +94,16 @@ def protocol_class(limits: ServerLimits) -> type[HttpToolsProtocol]:
         def _refuse(self) -> None:
             self._refused = True
             message = f"the headers: more than {limits.max_header_bytes} bytes; change with --max-header-bytes"
-            body = msgspec.json.encode(error_body(431, "headers_too_large", message))
-            head = (
-                "HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: application/json\r\n"
-                f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-            )
-            self.transport.write(head.encode() + body)
+            body = error_body(431, "headers_too_large", message)
+            self.transport.write(_plain_answer("431 Request Header Fields Too Large", body))
             # Closing at once would reset the connection under the answer: what else comes is read and dropped.
             self._set_deadline(GRACE_S)
 
     return BoundedProtocol
+
+
+def _plain_answer(status: str, content: dict[str, Any]) -> bytes:
+    """An answer made here, because the request never reached the app."""
+    body = msgspec.json.encode(content)
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}Connection: close\r\n\r\n".encode() + body

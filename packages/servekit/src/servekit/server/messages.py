@@ -19,6 +19,10 @@ ANY_LENGTH = 2**31  # bounded by the body
 def check_messages(limits: ServerLimits) -> f.Check:
     """A list of messages in the form that chat templates read: content is one text."""
 
+    said: dict[str, f.Check] = {"role": f.one_of(*ROLES[:-1]), "content": f.text(ANY_LENGTH), "name": f.text(256)}
+    one = f.object_schema(said, "role", "content")
+
+    @f.described({"type": "array", "items": one, "minItems": 1, "maxItems": limits.max_messages})
     def check(value: Any, path: str) -> list[dict[str, Any]]:
         messages = f.listed(
             lambda item, at: _message(item, at, limits), limits.max_messages, least=1, flag="--max-messages"
@@ -94,7 +98,10 @@ def _check_tool_answers(messages: list[dict[str, Any]], path: str) -> None:
 
 
 def check_tools(limits: ServerLimits) -> f.Check:
-    return f.listed(lambda tool, at: _tool(tool, at, limits), limits.max_tools, flag="--max-tools")
+    function = f.object_schema({"name": _function_name, "description": f.text(1024)}, "name")
+    form = {"type": "object", "properties": {"type": {"const": "function"}, "function": function}}
+    one = f.described(form | {"required": ["type", "function"]})
+    return f.listed(one(lambda tool, at: _tool(tool, at, limits)), limits.max_tools, flag="--max-tools")
 
 
 def _tool(value: Any, path: str, limits: ServerLimits) -> dict[str, Any]:
@@ -119,6 +126,7 @@ def _function(value: Any, path: str, limits: ServerLimits) -> dict[str, Any]:
     return f.check_object(value, path, checks, required=("name",))
 
 
+@f.described({"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"})
 def _function_name(value: Any, path: str) -> str:
     if not isinstance(value, str):
         raise f.wrong_type(path, value, "string")

@@ -180,6 +180,7 @@ def stream_fields(checked: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+@f.described(f.object_schema(dict.fromkeys(("include_usage", "continuous_usage_stats"), f.boolean)))
 def _stream_options(value: Any, path: str) -> dict[str, Any]:
     names = ("include_usage", "continuous_usage_stats", "include_obfuscation")
     return f.check_object(value, path, dict.fromkeys(names, f.boolean), nullable=False)
@@ -194,6 +195,7 @@ def _stop(most: int, max_chars: int) -> f.Check:
     check_text = f.text(max_chars, min_chars=1, flag="--max-stop-chars")
     many = f.listed(check_text, most, flag="--max-stop")
 
+    @f.described({"anyOf": [f.schema_of(check_text), f.schema_of(many)]})
     def check(value: Any, path: str) -> list[str]:
         return [check_text(value, path)] if isinstance(value, str) else many(value, path)
 
@@ -204,6 +206,7 @@ def _logit_bias(vocab_size: int, most: int) -> f.Check:
     """Token ids as JSON's keys: the one way to write an integer, so that no two keys mean the same token."""
     check_value = f.number(-100, 100)
 
+    @f.described({"type": "object", "maxProperties": most, "patternProperties": {r"^\d+$": f.schema_of(check_value)}})
     def check(value: Any, path: str) -> dict[int, float]:
         if not isinstance(value, dict):
             raise f.wrong_type(path, value, "object")

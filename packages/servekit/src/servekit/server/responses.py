@@ -44,7 +44,9 @@ def response_fields(door: Door) -> dict[str, f.Check]:
     same = dict.fromkeys(("model", "temperature", "top_p", "parallel_tool_calls", "user", "metadata"), f.any_value)
     same |= dict.fromkeys(("top_logprobs", "service_tier", "safety_identifier", "prompt_cache_key"), f.any_value)
     return same | {
-        "input": lambda value, path: value if isinstance(value, str) else items(value, path),
+        "input": f.described({"type": "string"})(
+            lambda value, path: value if isinstance(value, str) else items(value, path)
+        ),
         "instructions": f.text(ANY_LENGTH),
         "max_output_tokens": f.any_value,
         "previous_response_id": f.text(128),

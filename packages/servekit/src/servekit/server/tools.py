@@ -58,6 +58,7 @@ def needs_special_tokens(*names: str) -> bool:
     return any(known[name]().needs_special_tokens for name in names if name)
 
 
+@f.described({"enum": ["none", "auto", "required"]})
 def check_tool_choice(value: Any, path: str) -> str | dict[str, Any]:
     """A word, or the function that must be called."""
     if not isinstance(value, dict):

@@ -36,7 +36,7 @@ async def tokenize(request: Request) -> Response:
             )
         )
     else:
-        checked = check_body(state.door, body, _text_checks(state), "prompt")
+        checked = check_body(state.door, body, tokenize_fields(state), "prompt")
         text = checked["prompt"]
     add_special_tokens = checked.get("add_special_tokens", "prompt" in checked)
     tokenizer = state.engine.tokenizer
@@ -48,15 +48,20 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     state = state_of(request)
     body = await read_json(request, state.config.limits)
-    facts = state.engine.facts
-    tokens = f.token_ids(facts.vocab_size, facts.max_model_len, flag="--max-model-len")
-    checked = check_body(state.door, body, {"model": state.door.model, "tokens": tokens}, "tokens")
+    checked = check_body(state.door, body, detokenize_fields(state), "tokens")
     return json_response({"prompt": state.engine.tokenizer.decode(checked["tokens"], skip_special_tokens=False)})
 
 
-def _text_checks(state: ServerState) -> Mapping[str, f.Check]:
+def detokenize_fields(state: ServerState) -> dict[str, f.Check]:
+    facts = state.engine.facts
+    tokens = f.token_ids(facts.vocab_size, facts.max_model_len, flag="--max-model-len")
+    return {"model": state.door.model, "tokens": tokens}
+
+
+def tokenize_fields(state: ServerState) -> Mapping[str, f.Check]:
     most = state.config.limits.max_tokenize_chars
 
+    @f.described({"type": "string", "maxLength": most})
     def prompt(value: Any, path: str) -> str:
         text: str = f.text(2**31)(value, path)
         if len(text) > most:
