@@ -117,6 +117,49 @@ def test_what_runs_in_the_background_is_asked_for_and_cancelled(client: openai.O
         client.responses.cancel(front.id)
 
 
+def test_a_stream_from_the_background_may_be_left_and_taken_up_again(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "M", "input": "hello", "max_output_tokens": 300, "background": True}
+    asked["extra_body"] = forced("a text that is long enough to be left " * 5)
+    stream = client.responses.create(**asked, stream=True)
+    seen = [next(stream) for _ in range(6)]
+    stream.close()  # the response goes on without a reader
+    response_id = seen[0].response.id
+    rest = list(client.responses.retrieve(response_id, stream=True, starting_after=seen[-1].sequence_number))
+    events = [*seen, *rest]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    whole = client.responses.retrieve(response_id)
+    assert events[-1].type == f"response.{whole.status}"
+    assert events[-1].response.output_text == whole.output_text
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    again = list(client.responses.retrieve(response_id, stream=True))
+    assert [event.to_dict() for event in again] == [event.to_dict() for event in events]
+    assert list(client.responses.retrieve(response_id, stream=True, starting_after=len(events))) == []
+
+
+def test_the_stream_of_a_cancelled_response_ends(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "M", "input": "hello", "max_output_tokens": 900, "background": True}
+    stream = client.responses.create(**asked, stream=True, text={"format": {"type": "json_object"}})
+    response_id = next(stream).response.id
+    status = client.responses.cancel(response_id).status
+    assert list(stream)[-1].type == f"response.{status}"
+
+
+@pytest.mark.parametrize(
+    ("query", "code"),
+    [
+        ("stream=true", "unsupported"),
+        ("stream=maybe", "unsupported"),
+        ("stream=true&starting_after=-1", "out_of_range"),
+        ("starting_after=x", "out_of_range"),
+        ("starting_after=3", "conflict"),
+    ],
+)
+def test_what_was_not_made_in_the_background_is_not_streamed_again(http: httpx.Client, query: str, code: str) -> None:
+    made = http.post(RESPONSES, json=body()).json()
+    answer = http.get(f"{RESPONSES}/{made['id']}?{query}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
+
+
 def test_what_is_not_to_be_stored_is_not(client: openai.OpenAI) -> None:
     answer = client.responses.create(model="M", input="hello", store=False, max_output_tokens=2)
     with pytest.raises(openai.NotFoundError):
@@ -145,7 +188,6 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
         "text.format",
     ),
     ({"background": True, "store": False}, "conflict", "store"),
-    ({"background": True, "stream": True}, "unsupported", "stream"),
     ({"nonsense": 1}, "unknown_field", "nonsense"),
     ({"temperature": 9}, "out_of_range", "temperature"),
 ]

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from common_platform.errors import RequestError, shown
+from servekit.server.event_log import EventLog
 
 Json = dict[str, Any]
 RUNNING = ("queued", "in_progress")
@@ -24,6 +25,7 @@ class Stored:
     messages: list[Json]
     size: int = 0
     task: asyncio.Task[None] | None = None  # that makes it, where it runs in the background
+    events: EventLog | None = None  # of one made in the background
 
 
 class ResponseStore:
@@ -45,6 +47,7 @@ class ResponseStore:
         before = self._stored.pop(response_id, None)
         self._bytes -= before.size if before is not None else 0
         stored.size = len(msgspec.json.encode((stored.response, stored.messages)))
+        stored.size += stored.events.num_bytes if stored.events is not None else 0
         self._stored[response_id] = stored
         self._bytes += stored.size
         while len(self._stored) > self._most or self._bytes > self._max_bytes:

@@ -11,9 +11,11 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from common_platform.errors import PlatformError, RequestError
+from servekit.server import fields as f
 from servekit.server.body import read_json
 from servekit.server.caller import Caller, caller_of
 from servekit.server.errors import body_of, internal_error, json_response
+from servekit.server.event_log import EventLog
 from servekit.server.response_form import ResponseForm
 from servekit.server.response_store import RUNNING, Stored
 from servekit.server.responses import ResponseRequest, read_response
@@ -47,10 +49,8 @@ async def create(request: Request) -> Response:
     asked = read_response(state.door, state.chat_model, body, state.response_checks, state.chat_checks, said)
     run = _Run(state, asked, await state.turn(asked.chat), caller)
     if asked.background:
-        if asked.stream:
-            limit = "false with background: ask for the response by its id"
-            raise RequestError("stream", True, limit, code="unsupported")
-        return json_response(run.in_background())
+        stored = run.in_background()
+        return _stream_of(state, stored, -1) if asked.stream else json_response(stored.response)
     if asked.stream:
         return EventStream(run.events(), state.config.limits.stream_stall_s, FORM)
     return json_response(await while_connected(request.receive, run.whole()))
@@ -66,9 +66,37 @@ def _said(state: ServerState, response_id: str, tenant: str) -> list[Json]:
 
 @router.get("/v1/responses/{response_id}")
 async def retrieve(request: Request, response_id: str) -> Response:
-    if request.query_params.get("stream", "false") == "true":
-        raise RequestError("stream", True, "false: what has been streamed is not kept", code="unsupported")
-    return json_response(state_of(request).responses.get(response_id, caller_of(request).tenant).response)
+    """As JSON, or with ``?stream=true`` as its events, those after number ``starting_after``."""
+    state, asked = state_of(request), request.query_params
+    stored = state.responses.get(response_id, caller_of(request).tenant)
+    start = _starting_after(asked.get("starting_after"))
+    if f.one_of("true", "false")(asked.get("stream", "false"), "stream") == "true":
+        return _stream_of(state, stored, start)
+    if start >= 0:
+        raise RequestError("starting_after", start, "nothing without stream=true", code="conflict")
+    return json_response(stored.response)
+
+
+def _starting_after(text: str | None) -> int:
+    if text is None:
+        return -1
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise RequestError("starting_after", text, "the number of an event, 0 or more", code="out_of_range")
+    return int(text)
+
+
+def _stream_of(state: ServerState, stored: Stored, number: int) -> Response:
+    """The events after ``number``; a caller who leaves ends nothing, and may come again."""
+    if stored.events is None:
+        limit = "false: the events of a response are kept where it was made with background=true"
+        raise RequestError("stream", True, limit, code="unsupported")
+    return EventStream(_held(state, stored.events, number), state.config.limits.stream_stall_s, FORM)
+
+
+async def _held(state: ServerState, log: EventLog, number: int) -> AsyncGenerator[bytes, None]:
+    with state.admission.stream():
+        async for event in log.after(number):
+            yield event
 
 
 @router.post("/v1/responses/{response_id}/cancel")
@@ -123,20 +151,21 @@ class _Run:
             finally:
                 await pieces.aclose()
 
-    def in_background(self) -> Json:
-        """Begin, and say under which id to ask for it."""
+    def in_background(self) -> Stored:
+        """Begin; the response is stored from now on."""
         self._state.admission.check_room()
         self._form.status = "queued"
-        stored = Stored(self._caller.tenant, self._form.to_json(), self._asked.said)
+        stored = Stored(self._caller.tenant, self._form.to_json(), self._asked.said, events=EventLog())
         stored.task = asyncio.create_task(self._to_its_end(stored))
         self._state.responses.put(stored)
-        return stored.response
+        return stored
 
     async def _to_its_end(self, stored: Stored) -> None:
+        log_of = stored.events or EventLog()
         try:
             self._form.status = "in_progress"
             stored.response = self._form.to_json()
-            await self._turn_over()
+            await self._turn_over(log_of)
         except asyncio.CancelledError:
             self._form.fail("cancelled")
             raise
@@ -149,14 +178,18 @@ class _Run:
         finally:
             stored.task = None
             if stored.size:  # it has not been deleted
-                self._store()
+                self._store(log_of)
+            log_of.add(_named(self._form.end()))
+            log_of.close()
 
-    async def _turn_over(self) -> None:
+    async def _turn_over(self, events: EventLog) -> None:
+        for event in self._form.begin():
+            events.add(_named(event))
         async for piece in self._turn.pieces(self._caller):
-            for _ in self._form.add(piece):
-                pass
+            for event in self._form.add(piece):
+                events.add(_named(event))
 
-    def _store(self) -> None:
+    def _store(self, events: EventLog | None = None) -> None:
         if not self._asked.store:
             return
         answer = self._turn.answers.get(0)
@@ -166,7 +199,7 @@ class _Run:
         if answer is not None and answer.reasoning:
             message["reasoning_content"] = answer.reasoning
         messages = [*self._asked.said, message]
-        self._state.responses.put(Stored(self._caller.tenant, self._form.to_json(), messages))
+        self._state.responses.put(Stored(self._caller.tenant, self._form.to_json(), messages, events=events))
 
 
 def _call(call_id: str, name: str, arguments: str) -> Json:
