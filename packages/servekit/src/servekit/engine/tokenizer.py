@@ -64,6 +64,10 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items() if token.special}
 
+    def token_id(self, token: str) -> int | None:
+        """The id of one token as the vocabulary writes it."""
+        return self._tokenizer.token_to_id(token)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; ``add_special_tokens`` adds what the model expects around a prompt."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)

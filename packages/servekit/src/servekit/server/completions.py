@@ -21,14 +21,15 @@ from servekit.server.structured import structured_output
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-def completion_fields(door: Door) -> dict[str, f.Check]:
+def completion_fields(door: Door, *, can_infill: bool = False) -> dict[str, f.Check]:
+    """Args: can_infill: the model takes a ``suffix``."""
     limits = door.config.limits
     return common_fields(door) | {
         "prompt": prompts_of(door, limits.max_prompts, "--max-prompts", "prompts"),
         "best_of": f.integer(1, limits.max_n, "--max-n"),
         "echo": f.boolean,
         "logprobs": f.integer(0, limits.max_logprobs, "--max-logprobs"),
-        "suffix": _suffix,
+        "suffix": f.text(2**31) if can_infill else _suffix,
     }
 
 
@@ -44,6 +45,8 @@ def read_completion(door: Door, body: dict[str, Any], checks: dict[str, f.Check]
     max_tokens = _max_tokens(door, checked, echo)
     check_together(door, checked, num_prompts=len(prompts), max_tokens=max_tokens, tokens_name="max_tokens")
     spec, names = structured_output(checked, door.config.limits)
+    if echo and checked.get("suffix"):
+        raise RequestError("echo", True, "false with suffix", code="conflict")
     if echo and logprobs is not None:
         checked.setdefault("prompt_logprobs", logprobs)
     return CompletionRequest(
@@ -53,6 +56,7 @@ def read_completion(door: Door, body: dict[str, Any], checks: dict[str, f.Check]
         prompts=prompts,
         is_batch=is_batch,
         echo=echo,
+        suffix=checked.get("suffix") or "",
         add_special_tokens=checked.get("add_special_tokens", True),
     )
 
@@ -64,9 +68,10 @@ def _max_tokens(door: Door, checked: dict[str, Any], echo: bool) -> int:
     return max_tokens
 
 
+@f.described({"const": ""})
 def _suffix(value: Any, path: str) -> None:
     if f.text(2**31)(value, path):
-        raise f.unsupported(path, "a suffix", "none: this model does not fill in")
+        raise f.unsupported(path, "a suffix", "none: this model's tokenizer has no marks to fill in between")
 
 
 def prompts_of(door: Door, most: int, flag: str, what: str) -> f.Check:

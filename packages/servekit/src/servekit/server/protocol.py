@@ -39,6 +39,7 @@ class CompletionRequest(GenerationRequest):
     prompts: list[Prompt]
     is_batch: bool
     echo: bool = False
+    suffix: str = ""  # what must follow the answer
     add_special_tokens: bool = True
 
 

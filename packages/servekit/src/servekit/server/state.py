@@ -20,6 +20,7 @@ from servekit.server.config import ServerConfig
 from servekit.server.embedding_model import EmbeddingModel, embedding_model
 from servekit.server.generation import Generation
 from servekit.server.health import Heartbeat
+from servekit.server.infill import Infill, infill_of
 from servekit.server.keys import KeyRing
 from servekit.server.metrics import Metrics
 from servekit.server.protocol import Door
@@ -46,6 +47,7 @@ class ServerState:
     chat_model: ChatModel
     templates: Templates
     embedding_model: EmbeddingModel
+    infill: Infill | None
     completion_checks: dict[str, f.Check] = field(init=False)
     chat_checks: dict[str, f.Check] = field(init=False)
     response_checks: dict[str, f.Check] = field(init=False)
@@ -55,7 +57,7 @@ class ServerState:
     begin_drain: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
-        self.completion_checks = completion_fields(self.door)
+        self.completion_checks = completion_fields(self.door, can_infill=self.infill is not None)
         self.chat_checks = chat_fields(self.door, self.chat_model)
         self.response_checks = response_fields(self.door)
         self.anthropic_checks = anthropic_fields(self.door)
@@ -112,6 +114,7 @@ def make_state(engine: AsyncEngine, config: ServerConfig) -> ServerState:
         chat_model=model,
         templates=Templates(model, TemplateLimits(timeout_s=config.limits.template_timeout_s)),
         embedding_model=embeds,
+        infill=infill_of(engine.tokenizer),
     )
 
 

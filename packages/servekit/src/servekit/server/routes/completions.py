@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -14,6 +16,7 @@ from servekit.server.completions import read_completion
 from servekit.server.errors import json_response
 from servekit.server.formats import CompletionLogprobs, Envelope, Usage, joined, prompt_logprobs
 from servekit.server.generation import Job
+from servekit.server.infill import Infill
 from servekit.server.protocol import CompletionRequest
 from servekit.server.state import ServerState, state_for_work
 from servekit.server.streaming import EventStream, event, while_connected
@@ -26,10 +29,16 @@ async def completions(request: Request) -> Response:
     state = state_for_work(request)
     body = await read_json(request, state.config.limits)
     asked = read_completion(state.door, body, state.completion_checks)
+    if asked.suffix and state.infill is not None:
+        asked = await asyncio.to_thread(_between, state.infill, asked)
     answer = _Answer(state, asked, caller_of(request))
     if asked.stream:
         return EventStream(answer.events(), state.config.limits.stream_stall_s)
     return json_response(await while_connected(request.receive, answer.whole()))
+
+
+def _between(infill: Infill, asked: CompletionRequest) -> CompletionRequest:
+    return replace(asked, prompts=[infill.prompt(prompt, asked.suffix) for prompt in asked.prompts])
 
 
 class _Answer:
