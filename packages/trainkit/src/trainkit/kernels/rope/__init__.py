@@ -1,0 +1,5 @@
+"""Rotary position embedding with its gradient."""
+
+from trainkit.kernels.rope.function import rope
+
+__all__ = ["rope"]
