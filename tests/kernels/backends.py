@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from common_platform.kernels import is_interpreted, runs_triton
-from common_platform.kernels.interpreting import mend_interpreter
 
 DEVICE = torch.device(os.environ.get("KERNEL_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 TRITON = "triton_backend"
@@ -31,8 +30,6 @@ def backends(operation: str, function: str, of: Sequence[str] = ("reference",)) 
     names = [name for name in of if name in there]
     if TRITON in there and runs_triton(DEVICE) is None:
         names.append(TRITON)
-        if is_interpreted():
-            mend_interpreter()
     modules = {name: importlib.import_module(f"{operation}.{name}") for name in names}
     return {
         name.removesuffix("_backend"): getattr(module, function)

@@ -79,7 +79,7 @@ def _part(
         block = tl.load(table + position // block_size, mask=is_key, other=0).to(tl.int64)
         place = ((block * block_size + position % block_size) * kv_heads + kv_head) * WIDTH
         keys = tl.load(keys_ptr + place[None, :] + columns[:, None], mask=is_key[None, :] & inside[:, None], other=0.0)
-        scores = tl.dot(query, keys.to(query.dtype)) * scale
+        scores = tl.dot(query, keys.to(query.dtype), input_precision="ieee") * scale
         if CAPPED:
             scores = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * scores / soft_cap) + 1.0))
         scores = tl.where(is_key[None, :], scores, float("-inf"))
@@ -90,7 +90,9 @@ def _part(
         values = tl.load(
             values_ptr + place[:, None] + columns[None, :], mask=is_key[:, None] & inside[None, :], other=0.0
         )
-        result = result * rescale[:, None] + tl.dot(powers.to(query.dtype), values.to(query.dtype))
+        result = result * rescale[:, None] + tl.dot(
+            powers.to(query.dtype), values.to(query.dtype), input_precision="ieee"
+        )
         highest = higher
     has_keys = total > 0
     result = result / tl.where(has_keys, total, 1.0)[:, None]
@@ -143,7 +145,7 @@ def cascade_attention(
             soft_cap,
             **_constants(group, queries, width, grid[2], is_shared=is_shared, capped=soft_cap > 0),
             num_warps=NUM_WARPS,
-            num_stages=NUM_STAGES,
+            num_stages=_stages(),
         )
 
     if shared:
@@ -155,6 +157,11 @@ def cascade_attention(
 def queries_of(count: int) -> int:
     """The height of a tile for the prefix."""
     return max(16, min(64, triton.next_power_of_2(count)))
+
+
+def _stages() -> int:
+    """AMD's registers hold one step's keys, not two."""
+    return 1 if torch.version.hip else NUM_STAGES
 
 
 def splits_of(programs: int, longest: int) -> int:

@@ -20,6 +20,7 @@ from servekit.kernels.moe_align.alignment import Alignment
 from servekit.kernels.moe_align.triton_backend import align
 from servekit.kernels.quantize.triton_backend import quantize
 from servekit.kernels.quantized_linear.weights import BLOCK, HALF, MIDDLE
+from servekit.kernels.tuning import stages
 
 DENSE, CHANNELS, BLOCKS, INT4 = range(4)  # what the weights are
 TOGETHER = 8  # row tiles that run side by side
@@ -79,7 +80,7 @@ def _eight_or_more(
     if FORMAT == 2:
         scale = tl.load(scales_ptr + (first_col // BLOCK) * blocks + block)
         return total + tl.dot(x, weight) * (x_scale * scale)[:, None]
-    return tl.dot(x, weight.to(x.dtype), acc=total)
+    return tl.dot(x, weight.to(x.dtype), acc=total, input_precision="ieee")
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def _four(
             zeros = MIDDLE
             if zeros_ptr is not None:
                 zeros = tl.load(zeros_ptr + place, mask=real, other=0).to(tl.int32)[None, :]
-            total += tl.dot(x, (values - zeros).to(x.dtype)) * scales[None, :]
+            total += tl.dot(x, (values - zeros).to(x.dtype), input_precision="ieee") * scales[None, :]
         else:
             place = (inner // group).to(tl.int64)[:, None] * all_out + cols[None, :]
             real = (inner < width)[:, None] & (cols < out)[None, :]
@@ -125,7 +126,7 @@ def _four(
             zeros = MIDDLE
             if zeros_ptr is not None:
                 zeros = tl.load(zeros_ptr + place, mask=real, other=0).to(tl.int32)
-            total = tl.dot(x, ((values - zeros).to(tl.float32) * scales).to(x.dtype), acc=total)
+            total = tl.dot(x, ((values - zeros).to(tl.float32) * scales).to(x.dtype), acc=total, input_precision="ieee")
     return total
 
 
@@ -384,7 +385,7 @@ def _grouped(
         SLOTS=slots,
         **_constants(_kind(weights), cut, group % HALF == 0 or group >= width, gated=gated),
         num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
+        num_stages=stages(cut.num_stages),
     )
     return result
 

@@ -67,13 +67,17 @@ def _mla(
         keys_rope = tl.load(
             place[None, :] + LATENT + rope[:, None], mask=is_key[None, :] & (rope < ROPE)[:, None], other=0.0
         )
-        scores = tl.dot(query, tl.trans(keys.to(query.dtype))) + tl.dot(query_rope, keys_rope.to(query.dtype))
+        scores = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision="ieee") + tl.dot(
+            query_rope, keys_rope.to(query.dtype), input_precision="ieee"
+        )
         scores = tl.where(is_key[None, :], scores * scale, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         rescale = tl.exp(highest - higher)
         powers = tl.exp(scores - higher[:, None])
         total = total * rescale + tl.sum(powers, axis=1)
-        values = values * rescale[:, None] + tl.dot(powers.to(query.dtype), keys.to(query.dtype))
+        values = values * rescale[:, None] + tl.dot(
+            powers.to(query.dtype), keys.to(query.dtype), input_precision="ieee"
+        )
         highest = higher
     has_keys = total > 0
     values = values / tl.where(has_keys, total, 1.0)[:, None]
@@ -115,11 +119,16 @@ def mla_decode(
         scale,
         **_constants(latent, width - latent, splits),
         num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        num_stages=_stages(),
     )
     if splits == 1:
         return parts[0], log_sums[0]
     return merge_attention(parts, log_sums, query.dtype), log_sums.logsumexp(dim=0)
+
+
+def _stages() -> int:
+    """AMD's registers hold one step's keys, not two."""
+    return 1 if torch.version.hip else NUM_STAGES
 
 
 def splits_of(programs: int, longest: int) -> int:

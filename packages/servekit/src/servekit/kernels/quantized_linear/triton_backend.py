@@ -19,6 +19,7 @@ from common_platform.kernels import NVIDIA_FP8, TARGETS, Specialization, Work
 from servekit.kernels.quantize.triton_backend import quantize
 from servekit.kernels.quantized_linear.tiles import SMALL, Tiles, tiles_for
 from servekit.kernels.quantized_linear.weights import BLOCK, HALF, MIDDLE, SPAN, BlockWeight, ChannelWeight, Int4Weight
+from servekit.kernels.tuning import stages
 
 TOGETHER = 8  # row tiles that run side by side, so that they share the weight in the cache
 SUMS = 1024  # elements of a program that adds
@@ -79,7 +80,7 @@ def _w8_tiles(
         weight = tl.load(weight_rows + inner[:, None], mask=(cols < out)[None, :] & (inner < width)[:, None], other=0.0)
         if x_scales_ptr is None:
             weight = weight.to(x.dtype)
-        total = tl.dot(x, weight, acc=total, out_dtype=SUM)
+        total = tl.dot(x, weight, acc=total, input_precision="ieee", out_dtype=SUM)
     result = total.to(tl.float32) * tl.load(scales_ptr + cols, mask=cols < out, other=0.0)[None, :]
     if x_scales_ptr is not None:
         result *= tl.load(x_scales_ptr + rows, mask=rows < tokens, other=0.0)[:, None]
@@ -168,7 +169,7 @@ def _w4a16_tiles(
                 zeros = MIDDLE
                 if zeros_ptr is not None:
                     zeros = tl.load(zeros_ptr + place, mask=real, other=0).to(tl.int32)[None, :]
-                total += tl.dot(x, (values - zeros).to(x.dtype)) * scales[None, :]
+                total += tl.dot(x, (values - zeros).to(x.dtype), input_precision="ieee") * scales[None, :]
             else:
                 place = (inner // group).to(tl.int64)[:, None] * out + cols[None, :]
                 real = (inner < width)[:, None] & (cols < out)[None, :]
@@ -176,7 +177,9 @@ def _w4a16_tiles(
                 zeros = MIDDLE
                 if zeros_ptr is not None:
                     zeros = tl.load(zeros_ptr + place, mask=real, other=0).to(tl.int32)
-                total = tl.dot(x, ((values - zeros).to(tl.float32) * scales).to(x.dtype), acc=total)
+                total = tl.dot(
+                    x, ((values - zeros).to(tl.float32) * scales).to(x.dtype), acc=total, input_precision="ieee"
+                )
     _store(total, bias_ptr, out_ptr, rows, cols, tokens, out, SPLITS)
 
 
@@ -246,7 +249,7 @@ def _w8(
             TOGETHER=TOGETHER,
             SUM=sums,
             num_warps=cut.num_warps,
-            num_stages=cut.num_stages,
+            num_stages=stages(cut.num_stages),
         )
 
     return _in_splits(launch, values, out, bias, cut, dtype)
@@ -290,7 +293,7 @@ def fp8_block_product(
             SPLITS=cut.splits,
             TOGETHER=TOGETHER,
             num_warps=cut.num_warps,
-            num_stages=cut.num_stages,
+            num_stages=stages(cut.num_stages),
         )
 
     return _in_splits(launch, values, out, bias, cut, dtype)
@@ -323,7 +326,7 @@ def w4a16_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, t
             SPLITS=cut.splits,
             TOGETHER=TOGETHER,
             num_warps=cut.num_warps,
-            num_stages=cut.num_stages,
+            num_stages=stages(cut.num_stages),
         )
 
     return _in_splits(launch, x, out, bias, cut, x.dtype)
