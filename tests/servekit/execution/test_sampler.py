@@ -144,6 +144,34 @@ def test_a_request_gets_the_same_tokens_in_any_company_and_after_a_preemption(pa
         assert [tokens[place] for tokens in steps] == alone[index]
 
 
+SMALLEST = 5e-324  # a float64 above 0, and no float32
+
+
+@pytest.mark.parametrize("given", [{"top_p": SMALLEST}, {"typical_p": SMALLEST}, {"temperature": SMALLEST}])
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 50_000])
+def test_what_is_less_than_float32_can_say_still_leaves_a_token(given: dict[str, float], vocabulary: int) -> None:
+    sampler = Sampler(vocabulary, 2)
+    logits = logits_of(2, vocabulary=vocabulary)
+    sampler.add_row(0, SamplingParams(**given), [1], [], [])
+    sampler.add_row(1, SamplingParams(), [1], [], [])
+    output = sampler.sample(logits, [0, 1])
+    assert not output.errors
+    assert all(0 <= token < vocabulary for token in output.token_ids)
+    if "typical_p" not in given:
+        assert output.token_ids[0] == int(logits[0].argmax())
+
+
+def test_a_draw_that_finds_nothing_ends_its_own_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a number where a probability should be: as any method that comes later might leave it."""
+    monkeypatch.setattr(sampling_ops, "keep_typical", lambda logits, typical_p: logits / 0 * (typical_p < 1))
+    sampler = Sampler(VOCABULARY, 2)
+    sampler.add_row(0, SamplingParams(typical_p=0.5), [1], [], [])
+    sampler.add_row(1, SamplingParams(temperature=0.0), [1], [], [])
+    output = sampler.sample(logits_of(2), [0, 1])
+    assert list(output.errors) == [0]
+    assert output.token_ids[0] == NO_TOKEN
+
+
 def test_top_p_over_a_large_vocabulary_is_exact_with_and_without_the_full_sort():
     generator = torch.Generator().manual_seed(0)
     for spread in (0.01, 5.0):  # flat: needs the full sort; peaked: does not

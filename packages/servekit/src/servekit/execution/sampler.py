@@ -127,6 +127,8 @@ class Sampler:
         """
         for name, column in self._columns.items():
             column[slot] = getattr(params, name)
+        if params.is_greedy:
+            self._columns["temperature"][slot] = 0.0
         self._top_k[slot] = params.top_k if params.top_k > 0 else self.vocab_size
         row = SamplerRow(
             params,
@@ -182,21 +184,25 @@ class Sampler:
         logits = self._penalised(logits, slots, rows)
         highest, greedy = self._argmax(logits)
         tokens = self._drawn(logits, np.asarray(slots), rows, greedy).tolist()
-        self._find_broken(raw, highest, slots, errors)
+        self._find_broken(raw, highest, tokens, slots, errors)
         output = SampleOutput(tokens, errors=errors)
         self._accept(output, slots, rows)
         output.logprobs = self._logprobs(raw, output, slots, rows)
         return output
 
-    def _find_broken(self, raw: Tensor, highest: Tensor, slots: Sequence[int], errors: dict[int, str]) -> None:
-        """Errors for rows whose logits are no numbers, or whose masks leave no token."""
+    def _find_broken(
+        self, raw: Tensor, highest: Tensor, tokens: Sequence[int], slots: Sequence[int], errors: dict[int, str]
+    ) -> None:
+        """Errors for rows whose logits are no numbers, whose masks leave no token, or whose draw found none."""
         model = torch.isfinite(raw.amax(dim=-1)).tolist()
         left = torch.isfinite(highest).tolist()
-        for slot, is_number, has_token in zip(slots, model, left, strict=True):
+        for slot, is_number, has_token, token in zip(slots, model, left, tokens, strict=True):
             if not is_number:
                 errors.setdefault(slot, "no token can follow: the model's output is not a number")
             elif not has_token:
                 errors.setdefault(slot, "no token can follow: this request's own limits leave none")
+            elif not 0 <= token < self.vocab_size:  # it must not reach the next step, which is everybody's
+                errors.setdefault(slot, "no token can follow: this request's own parameters leave none to draw")
 
     def _edited(self, logits: Tensor, slots: Sequence[int], rows: list[SamplerRow], errors: dict[int, str]) -> Tensor:
         """A copy with the masks and biases of the rows that have some; a row whose own edits fail gets an error."""

@@ -136,7 +136,9 @@ def _kept(values: Tensor, logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tenso
     total = torch.where(top_k[:, None] <= values.shape[-1], limited, logits.logsumexp(dim=-1, keepdim=True))
     before = (values - total).exp().cumsum(dim=-1)
     before = torch.cat((torch.zeros_like(before[:, :1]), before[:, :-1]), dim=-1)
-    return within & ((before < top_p) | (top_p >= 1))
+    kept = within & ((before < top_p) | (top_p >= 1))
+    kept[:, 0] = True  # also where p is less than float32 can say
+    return kept
 
 
 def keep_typical(logits: Tensor, typical_p: Tensor) -> Tensor:
@@ -148,6 +150,7 @@ def keep_typical(logits: Tensor, typical_p: Tensor) -> Tensor:
     sorted_share = probabilities.gather(1, order).cumsum(dim=-1)
     before = torch.cat((torch.zeros_like(sorted_share[:, :1]), sorted_share[:, :-1]), dim=-1)
     drop = (before >= typical_p) & (typical_p < 1)
+    drop[:, 0] = False  # also where p is less than float32 can say
     return logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), OUT)
 
 

@@ -16,6 +16,7 @@ MAX_STOP = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 128
 INT64_MAX = 2**63 - 1
+GREEDY_BELOW = 1e-5  # a temperature; logits over a smaller one are no numbers any more
 
 
 class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -48,7 +49,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     n: int = 1  # sequences returned
     best_of: int | None = None  # sequences generated, of which the n with the highest mean logprob return
-    temperature: float = 1.0  # 0 is greedy; 0..2
+    temperature: float = 1.0  # below 1e-5 is greedy; 0..2
     top_p: float = 1.0  # (0, 1]
     top_k: int = -1  # -1 or 0 keeps all
     min_p: float = 0.0  # 0..1, share of the most likely token's probability
@@ -78,7 +79,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_BELOW
 
     def __post_init__(self) -> None:
         _integer("n", self.n, 1, MAX_N, flag="--max-n")
