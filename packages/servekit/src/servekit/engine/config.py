@@ -19,9 +19,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model: str  # a model folder
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
-    device: str = "cpu"
+    device: str = "auto"  # auto: a GPU where there is one that kernels are for, else cpu
     num_threads: int = 0  # 0: torch's choice
-    kernels: str = "auto"  # auto | native | reference
+    kernels: str = "auto"  # auto | native | reference | triton
+    enforce_eager: bool = False  # no recorded graphs on a GPU
     quantization: str | None = None  # int8 | int4, of the weights; on a CPU
     max_model_len: int | None = None  # tokens; None: what the model was made for
     block_size: int = 16  # tokens per KV block

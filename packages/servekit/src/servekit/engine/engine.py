@@ -21,6 +21,7 @@ from servekit.core.stats import SchedulerStats
 from servekit.engine.config import GIB, EngineConfig
 from servekit.engine.grammars import Grammars
 from servekit.engine.validate import EngineRequest
+from servekit.execution.device_memory import DEFAULT_UTILIZATION
 from servekit.execution.executor import (
     ExecutorConfig,
     InProcessExecutor,
@@ -54,6 +55,7 @@ class EngineCore:
             offload_folder=config.kv_offload_folder,
             deterministic=config.deterministic,
             kernels=config.kernels,
+            enforce_eager=config.enforce_eager,
             quantization=config.quantization,
         )
         self.executor = InProcessExecutor(config.model, executor)
@@ -114,6 +116,9 @@ class EngineCore:
         """Bytes for keys and values: as told, or what is left of the share once the weights are there."""
         if config.kv_cache_memory_bytes is not None:
             return config.kv_cache_memory_bytes
+        if self.executor.device.type == "cuda":
+            share = config.gpu_memory_utilization or DEFAULT_UTILIZATION
+            return self.executor.profile(share, config.max_num_batched_tokens, config.max_num_seqs).for_cache
         free = available_memory()
         if config.gpu_memory_utilization is None:
             return min(int(free * CACHE_SHARE), CACHE_MOST)

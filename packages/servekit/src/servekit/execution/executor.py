@@ -15,19 +15,24 @@ import torch
 
 from common_platform.artifact import ModelFolder, open_model_folder
 from common_platform.errors import ArtifactConfigError, ConfigError
+from common_platform.kernels import runs_triton
+from common_platform.platforms import Platform, detect
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import KVGroup, ModelFacts
 from servekit.core.plan import StepPlan, StepResult
+from servekit.execution.device_memory import CudaMemory, DeviceMemory, MemoryProfile, profile_memory
 from servekit.execution.draft_model import DraftModelProposer
-from servekit.execution.model_runner import GrammarOf, ModelRunner, score
+from servekit.execution.graphs import CudaRecorder, Recorder
+from servekit.execution.model_runner import GrammarOf, ModelRunner, largest_step, score
 from servekit.execution.proposer import NgramProposer, Proposer, SpeculativeConfig
+from servekit.kernels.choice import GPU
 from servekit.kernels.native import Format, Pool, native_library
-from servekit.layers.kernels import Kernels, deterministic_kernels
+from servekit.layers.kernels import Kernels, deterministic_kernels, kernels_of
 from servekit.layers.parallel import SingleRank
 from servekit.layers.weights import Weights
 from servekit.models.registry import CausalModel, architecture_of, model_class, native_class
 
-KERNELS = ("auto", "native", "reference")
+KERNELS = ("auto", "native", "reference", "triton")
 FORMATS = {"int8": "I8", "int4": "I4"}  # what --quantization makes of weights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_BLOCK = 16
@@ -39,13 +44,14 @@ class ExecutorConfig:
     """How a model is loaded and run."""
 
     dtype: str = "auto"  # auto: float32 on CPU, the checkpoint's own elsewhere
-    device: str = "cpu"
+    device: str = "auto"  # auto: a GPU where there is one that kernels are for, else cpu
     num_threads: int = 0  # of the matrix products; 0: torch's choice
     max_model_len: int = 0  # 0: what the model was made for
     speculative: SpeculativeConfig | None = None
     offload_folder: str | None = None
     deterministic: bool = False  # the same bits whatever else is computed; in float32
-    kernels: str = "auto"  # auto | native | reference
+    kernels: str = "auto"  # auto | native | reference | triton
+    enforce_eager: bool = False  # no recorded graphs
     quantization: str | None = None  # int8 | int4, of the weights, with 8-bit activations
 
     def __post_init__(self) -> None:
@@ -74,8 +80,10 @@ class InProcessExecutor:
             torch.set_num_threads(config.num_threads)
         self.folder = open_model_folder(model)
         self._folders = [self.folder]
-        self.device = torch.device(config.device)
+        self.platform = platform_of(config.device)
+        self.device = torch.device(self.platform.device_type if config.device == "auto" else config.device)
         self._config = config
+        self.kernels = self._kernels()
         self.dtype = self._dtype(config, self.folder)
         self._check()
         architecture = architecture_of(self.folder)
@@ -97,6 +105,9 @@ class InProcessExecutor:
         self._proposer = self._make_proposer()
         self._runner: ModelRunner | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="servekit-executor")
+        self._collector: ThreadPoolExecutor | None = None  # waits for the device while the next step is launched
+        if self.kernels.sample is not None:
+            self._collector = ThreadPoolExecutor(1, thread_name_prefix="servekit-results")
         self._last: Future[Any] = self._thread.submit(lambda: None)
         self._last_s = SHORT_STEP_S  # that the last step took
 
@@ -105,15 +116,50 @@ class InProcessExecutor:
         if config.dtype != "auto":
             return DTYPES[config.dtype]
         stored = DTYPES.get(str(folder.config.get("dtype") or folder.config.get("torch_dtype")), torch.bfloat16)
-        if config.device != "cpu":
+        if self.device.type != "cpu":
             return stored
         is_native = not config.deterministic and self._native_reason(folder) is None
         return stored if is_native and stored != torch.float16 else torch.float32
 
+    def _kernels(self) -> Kernels:
+        """What the layers call, by the platform's facts.
+
+        Raises:
+            ConfigError: Triton's are asked for, and cannot run here.
+        """
+        if self._config.deterministic:
+            return deterministic_kernels()
+        wanted, reason = self._config.kernels, runs_triton(self.device)
+        if wanted == "triton":
+            if reason is not None:
+                raise ConfigError("kernels", wanted, f"auto or reference here: {reason}", flag="--kernels")
+            return kernels_of(self.platform.name if self.platform.name in GPU else GPU[0])
+        if wanted == "reference" or reason is not None:
+            return Kernels()
+        return kernels_of(self.platform.name)
+
+    def _recorder(self) -> Recorder | None:
+        """Records steps where the platform can, and where attention reads block tables, which stay in their place."""
+        is_wanted = self.kernels.sample is not None and not self._config.enforce_eager
+        return CudaRecorder() if is_wanted and self.platform.graph_capture else None
+
+    def profile(
+        self, utilization: float, max_num_tokens: int, max_num_seqs: int, memory: DeviceMemory | None = None
+    ) -> MemoryProfile:
+        """What a GPU has left for keys and values beside the weights and the largest step. Before ``start``.
+
+        Raises:
+            ConfigError: nothing is left.
+        """
+        step = partial(largest_step, self.model, max_num_tokens, max_num_seqs, self.dtype, self.device, self.kernels)
+        return profile_memory(
+            memory or CudaMemory(self.device), lambda: self._thread.submit(step).result(), utilization
+        )
+
     def _native_reason(self, folder: ModelFolder) -> str | None:
         """Why the CPU kernels cannot run this model; None where they can."""
-        if self._config.kernels == "reference":
-            return "kernels is reference"
+        if self._config.kernels in ("reference", "triton"):
+            return f"kernels is {self._config.kernels}"
         if self.device.type != "cpu":
             return f"the device is {self.device.type}"
         if native_library() is None:
@@ -136,8 +182,7 @@ class InProcessExecutor:
 
     def _load(self, folder: ModelFolder, max_positions: int) -> tuple[CausalModel, int]:
         """The model and how many parameters it has."""
-        kernels = deterministic_kernels() if self._config.deterministic else Kernels()
-        weights = Weights(folder, self.dtype, self.device, SingleRank(), kernels)
+        weights = Weights(folder, self.dtype, self.device, SingleRank(), self.kernels)
         library = native_library() if self._is_native and self._native_reason(folder) is None else None
         with torch.inference_mode():
             if library is None:
@@ -200,12 +245,17 @@ class InProcessExecutor:
             grammar_of,
             self._proposer,
             self._config.offload_folder,
+            self.kernels,
+            self._recorder(),
         )
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         """Carry ``plan`` out after those submitted before: in a thread of its own, unless steps are short."""
         if self._runner is None:
             raise RuntimeError("submit() before start()")
+        if self._collector is not None:
+            launched = self._thread.submit(self._runner.launch, plan)
+            return self._collector.submit(lambda: launched.result().result())
         if self._last.done() and self._last_s < SHORT_STEP_S:  # handing it over would take as long
             done: Future[StepResult] = Future()
             try:
@@ -251,9 +301,21 @@ class InProcessExecutor:
     def stop(self) -> None:
         """Let the step under way end; nothing runs afterwards."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._collector is not None:
+            self._collector.shutdown(wait=True, cancel_futures=True)
         self._runner = None
         for folder in self._folders:
             folder.close()
+
+
+def platform_of(device: str) -> Platform:
+    """The platform of a device by its name; of ``auto`` the best one that kernels are for, else the CPU's."""
+    if device == "auto":
+        found = detect()
+        return found if found.name in GPU else detect("cpu")
+    kind = torch.device(device).type
+    names = {"cuda": "rocm" if torch.version.hip else "cuda"}
+    return detect(names.get(kind, kind))
 
 
 def _eos(folder: ModelFolder, vocab_size: int) -> list[int]:

@@ -9,8 +9,10 @@ import torch
 
 from servekit.core.facts import KVGroup
 from servekit.core.plan import BlockAppend, RowStart, StepPlan
-from servekit.kernels.paged_attention.metadata import StepRows
-from servekit.layers.attention import StepInputs
+from servekit.kernels.paged_attention.metadata import StepRows, build_metadata, to_device
+from servekit.layers.attention import MetadataBuilder, StepInputs
+
+UNKNOWN = -1  # a token that the device has sampled and the host has not seen yet
 
 
 @dataclass(slots=True)
@@ -30,11 +32,20 @@ class InputBatch:
         max_num_seqs: rows.
         max_model_len: tokens a row can hold.
         groups: one block table each.
+        build: makes what the attention kernel reads.
     """
 
     def __init__(
-        self, max_num_seqs: int, max_model_len: int, block_size: int, groups: list[KVGroup], device: torch.device
+        self,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        groups: list[KVGroup],
+        device: torch.device,
+        build: MetadataBuilder = build_metadata,
     ) -> None:
+        self._build = build
+        self._newest: torch.Tensor | None = None  # [max_num_seqs] int64, the token sampled last for each slot
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.groups = groups
@@ -98,12 +109,18 @@ class InputBatch:
             for group, table in zip(self.groups, self.tables, strict=True)
         ]
         token_ids, positions = self._new_tokens(step)
-        return StepInputs(
-            torch.from_numpy(token_ids).to(self.device),
-            torch.from_numpy(positions).to(self.device),
-            rows,
-            self.block_size,
-        )
+        ids = to_device(token_ids, self.device)
+        if self._newest is not None and (token_ids == UNKNOWN).any():
+            slots = to_device(np.repeat(step.slots, step.counts), self.device)
+            ids = torch.where(ids == UNKNOWN, self._newest[slots], ids)
+        return StepInputs(ids, to_device(positions, self.device), rows, self.block_size, build=self._build)
+
+    def add_unseen(self, slots: np.ndarray, token_ids: torch.Tensor) -> None:
+        """As ``add_sampled``, with tokens ``[len(slots)]`` that stay on the device: nobody waits for them."""
+        if self._newest is None:
+            self._newest = torch.zeros(len(self.num_tokens), dtype=torch.int64, device=self.device)
+        self._newest[to_device(slots.astype(np.int64), self.device)] = token_ids
+        self.add_sampled(slots, np.full(len(slots), UNKNOWN, np.int64))
 
     def _new_tokens(self, step: StepArrays) -> tuple[np.ndarray, np.ndarray]:
         """The ids and positions of the tokens of ``step``, row after row."""

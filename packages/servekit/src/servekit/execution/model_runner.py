@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -13,19 +14,51 @@ from torch import Tensor
 
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.plan import RowStart, StepPlan, StepResult, TokenLogprob
+from servekit.execution.graphs import GraphedForward, GraphSizes, Recorder
 from servekit.execution.input_batch import InputBatch, StepArrays
 from servekit.execution.offload import OffloadStore
 from servekit.execution.pooling import Pool
 from servekit.execution.proposer import Proposer
 from servekit.execution.sampler import Grammar, Sampler
 from servekit.kernels.kv_write import copy_blocks
+from servekit.kernels.paged_attention.metadata import StepRows
 from servekit.layers.attention import StepInputs
+from servekit.layers.kernels import Kernels
 from servekit.models.registry import CausalModel
 from servekit.sampling.parameters import SamplingParams, StructuredOutput
 
 GrammarOf = Callable[[StructuredOutput], Grammar]
+DEFAULT_KERNELS = Kernels()
+NO_NUMBER = "no token can follow: the model's output is not a number"
 MAX_FORCED = 32  # tokens of a grammar's forced text that one step verifies
 PROMPT_LOGPROB_ROWS = 256  # positions whose logits exist at a time
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step that the device was given: its result is there already, or the tokens are under way to the host.
+
+    ``arrived`` waits until they are; ``slots`` are those that they are for.
+    """
+
+    done: StepResult | None = None
+    step: int = 0
+    slots: list[int] = field(default_factory=list)
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0))
+    highest: Tensor = field(default_factory=lambda: torch.empty(0))
+    arrived: Callable[[], None] = field(default=lambda: None)
+
+    def result(self) -> StepResult:
+        """Wait for the device where that is needed. Any thread may."""
+        if self.done is not None:
+            return self.done
+        self.arrived()
+        tokens, finite = self.tokens.tolist(), torch.isfinite(self.highest).tolist()
+        if all(finite):
+            return StepResult(self.step, [], sampled=tokens)
+        errors = {slot: NO_NUMBER for slot, is_number in zip(self.slots, finite, strict=True) if not is_number}
+        kept = [[token] if is_number else [] for token, is_number in zip(tokens, finite, strict=True)]
+        return StepResult(self.step, kept, errors=errors)
 
 
 class ModelRunner:
@@ -39,6 +72,8 @@ class ModelRunner:
         grammar_of: makes the state of a structured output.
         proposer: drafts the tokens of the next step; its cache is bound.
         offload_folder: of the offload tier; None keeps it in host memory.
+        kernels: that the model was made with.
+        recorder: records steps as graphs; None where the device cannot, or should not.
     """
 
     def __init__(
@@ -51,15 +86,22 @@ class ModelRunner:
         grammar_of: GrammarOf | None = None,
         proposer: Proposer | None = None,
         offload_folder: str | None = None,
+        kernels: Kernels = DEFAULT_KERNELS,
+        recorder: Recorder | None = None,
     ) -> None:
         self.model = model
         self._proposer = proposer
         self._grammar_of = grammar_of
         self.device = device
         self.batch = InputBatch(
-            scheduler.max_num_seqs, scheduler.max_model_len, cache.block_size, model.kv_groups, device
+            scheduler.max_num_seqs,
+            scheduler.max_model_len,
+            cache.block_size,
+            model.kv_groups,
+            device,
+            kernels.build_metadata,
         )
-        self.sampler = Sampler(model.vocab_size, scheduler.max_num_seqs, device)
+        self.sampler = Sampler(model.vocab_size, scheduler.max_num_seqs, device, kernels.sample)
         self._prompt_logprobs: dict[int, int] = {}  # slot -> how many of the most likely
         self._pools: dict[int, Pool] = {}
         for attention in model.attentions:
@@ -68,16 +110,62 @@ class ModelRunner:
         if cache.num_offload_blocks:
             attentions = [*model.attentions, *(proposer.attentions if proposer else [])]
             self._offload = OffloadStore(attentions, cache.num_offload_blocks, offload_folder)
+        self._forward: Callable[[StepInputs], Tensor] = model.forward
+        if recorder is not None:
+            self._forward = self._recorded(recorder, cache, scheduler)
 
     @torch.inference_mode()
+    def _recorded(self, recorder: Recorder, cache: CacheConfig, scheduler: SchedulerConfig) -> GraphedForward:
+        graphed = GraphedForward(
+            self.model.forward,
+            recorder,
+            GraphSizes.up_to(scheduler.max_num_seqs, scheduler.max_num_batched_tokens),
+            self.model.kv_groups,
+            max_model_len=scheduler.max_model_len,
+            block_size=cache.block_size,
+            device=self.device,
+        )
+        graphed.record_all()
+        return graphed
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Carry ``plan`` out, in the order that ``servekit.core.plan`` states."""
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launched:
+        """As ``execute``, and come back as soon as the device has its work where no one has to look at the tokens."""
         self._apply(plan)
         if not plan.slots:
-            return StepResult(plan.step, [])
+            return Launched(StepResult(plan.step, []))
         step = self.batch.arrays(plan)
         inputs = self.batch.inputs(step)
-        hidden = self.model.forward(inputs)
+        hidden = self._forward(inputs)
+        if self._needs_no_look(plan, step):
+            return self._draw_unseen(plan, step, hidden)
+        return Launched(self._looked_at(plan, step, inputs, hidden))
+
+    def _needs_no_look(self, plan: StepPlan, step: StepArrays) -> bool:
+        """Whether tokens can stay on the device until they are told: all rows draw freely, and nothing is drafted."""
+        if self._proposer or plan.drafts or self._prompt_logprobs or self._pools or not any(plan.samples):
+            return False
+        slots = step.slots if all(plan.samples) else step.slots[np.flatnonzero(plan.samples)]
+        return self.sampler.is_plain(slots.tolist())
+
+    def _draw_unseen(self, plan: StepPlan, step: StepArrays, hidden: Tensor) -> Launched:
+        rows = slice(None) if all(plan.samples) else np.flatnonzero(plan.samples)
+        slots = step.slots[rows]
+        self.batch.num_computed[step.slots] += step.counts
+        tokens, highest = self.sampler.draw_unseen(self._logits(step.lasts[rows], hidden), slots.tolist())
+        self.batch.add_unseen(slots, tokens)
+        if self.device.type != "cuda":
+            return Launched(step=plan.step, slots=slots.tolist(), tokens=tokens, highest=highest)
+        tokens, highest = (part.to("cpu", non_blocking=True) for part in (tokens, highest))
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return Launched(step=plan.step, slots=slots.tolist(), tokens=tokens, highest=highest, arrived=event.synchronize)
+
+    def _looked_at(self, plan: StepPlan, step: StepArrays, inputs: StepInputs, hidden: Tensor) -> StepResult:
         if self._proposer:
             self._proposer.computed(inputs)
         prompt_logprobs = self._prompt_logprobs_of(step, hidden)
@@ -243,6 +331,25 @@ class ModelRunner:
             part = slice(first, first + PROMPT_LOGPROB_ROWS)
             entries += self.sampler.prompt_logprobs(self.model.logits(states[part]), targets[part], top)
         return entries
+
+
+@torch.inference_mode()
+def largest_step(
+    model: CausalModel, num_tokens: int, num_seqs: int, dtype: torch.dtype, device: torch.device, kernels: Kernels
+) -> None:
+    """Compute as much as a step ever does: so many tokens of one row, and so many rows of logits; nothing is kept."""
+    size = 16
+    for attention in model.attentions:
+        attention.bind(2, size, dtype, device)
+    counts = np.asarray([num_tokens])
+    tables = np.zeros((1, -(-num_tokens // size)), np.int32)  # all of it is in the null block
+    rows = [StepRows(tables, np.asarray([0]), counts, group.window) for group in model.kv_groups]
+    ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    hidden = model.forward(StepInputs(ids, ids, rows, size, build=kernels.build_metadata))
+    picked = hidden[torch.zeros(num_seqs, dtype=torch.int64, device=device)]
+    torch.log_softmax(model.logits(picked), dim=-1)
+    for attention in model.attentions:
+        attention.cache = torch.empty(0)
 
 
 @torch.inference_mode()

@@ -20,6 +20,8 @@ from servekit.core.plan import TokenLogprob
 from servekit.execution import sampling_ops as ops
 from servekit.execution.logits_processors import LogitsProcessor, make_processors
 from servekit.kernels.argmax import argmax_for
+from servekit.kernels.paged_attention.metadata import to_device
+from servekit.layers.kernels import Sample
 from servekit.sampling.parameters import SamplingParams
 
 NO_TOKEN = -1
@@ -84,9 +86,16 @@ class SamplerRow:
 
 
 class Sampler:
-    """Parameters of all slots in tensors that are updated in place; one row a request."""
+    """Parameters of all slots in arrays that are updated in place; one row a request.
 
-    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device | str = "cpu") -> None:
+    Args:
+        kernel: ``servekit.kernels.sample`` of the device; None draws by torch's operations, with other random numbers.
+    """
+
+    def __init__(
+        self, vocab_size: int, max_num_seqs: int, device: torch.device | str = "cpu", kernel: Sample | None = None
+    ) -> None:
+        self._kernel = kernel
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self._argmax = argmax_for(self.device)
@@ -163,6 +172,42 @@ class Sampler:
         """The tokens that the grammar of ``slot`` leaves no choice about; empty without one."""
         grammar = self._rows[slot].grammar
         return grammar.forced() if grammar else []
+
+    def is_plain(self, slots: Sequence[int]) -> bool:
+        """Whether the device can draw for all ``slots`` alone: nothing of what came before matters to them."""
+        if self._kernel is None:
+            return False
+        rows = [self._rows[slot] for slot in slots if slot in self._special]
+        return not any(
+            row.edits or row.counts is not None or row.params.logprobs is not None or row.params.typical_p < 1
+            for row in rows
+        )
+
+    def draw_unseen(self, logits: Tensor, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A token for each of some plain slots, which the host need not know; ``[len(slots)]``, and the highest logits.
+
+        A row whose highest logit is not finite has no token.
+        """
+        tokens, highest = self._by_kernel(logits, np.asarray(slots), [self._rows[slot] for slot in slots])
+        for slot in slots:
+            self._rows[slot].output_ids.append(NO_TOKEN)  # only their number matters to plain rows
+        return tokens, highest
+
+    def _by_kernel(
+        self, logits: Tensor, slots: np.ndarray, rows: Sequence[SamplerRow], *, is_limited: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """``is_limited``: temperature and limits have been applied to ``logits`` already."""
+        if self._kernel is None:
+            raise RuntimeError("there is no sampling kernel on this device")
+        floats = np.stack([self._columns[name][slots] for name in ("temperature", "top_p", "min_p")])
+        top_k = np.minimum(self._top_k[slots], self.vocab_size)
+        if is_limited:
+            floats[:] = [[1.0], [1.0], [0.0]]
+            top_k = np.full(len(slots), self.vocab_size)
+        seeds = [ops.counter_seed(row.seed, len(row.output_ids)) for row in rows]
+        temperature, top_p, min_p = to_device(floats, self.device)
+        whole = to_device(np.stack([np.asarray(seeds, np.uint64).view(np.int64), top_k]), self.device)
+        return self._kernel(logits, temperature, whole[1].to(torch.int32), top_p, min_p, whole[0].contiguous())
 
     def sample(self, logits: Tensor, slots: Sequence[int]) -> SampleOutput:
         """One token for each slot.
@@ -244,6 +289,9 @@ class Sampler:
             return greedy
         at = slots[drawing]
         chosen = logits if len(drawing) == len(slots) else logits[torch.from_numpy(drawing).to(self.device)]
+        drawn = [rows[i] for i in drawing]
+        if self._kernel is not None and not (self._columns["typical_p"][at] < 1).any():
+            return self._placed(greedy, drawing, self._by_kernel(chosen, at, drawn)[0])
         chosen = chosen / self._column("temperature", at)
         if (self._columns["min_p"][at] > 0).any():
             chosen = ops.keep_min_p(chosen, self._column("min_p", at))
@@ -252,11 +300,15 @@ class Sampler:
             chosen = ops.keep_top(chosen, torch.from_numpy(top_k).to(self.device), self._column("top_p", at))
         if (self._columns["typical_p"][at] < 1).any():
             chosen = ops.keep_typical(chosen, self._column("typical_p", at))
-        uniforms = [ops.uniform(rows[i].seed, len(rows[i].output_ids)) for i in drawing]
+        if self._kernel is not None:
+            return self._placed(greedy, drawing, self._by_kernel(chosen, at, drawn, is_limited=True)[0])
+        uniforms = [ops.uniform(row.seed, len(row.output_ids)) for row in drawn]
+        found = ops.draw(chosen, torch.tensor(uniforms, dtype=torch.float64, device=self.device))
+        return self._placed(greedy, drawing, found)
+
+    def _placed(self, greedy: Tensor, drawing: NDArray[np.int64], drawn: Tensor) -> Tensor:
         tokens = greedy.clone()
-        tokens[torch.from_numpy(drawing).to(self.device)] = ops.draw(
-            chosen, torch.tensor(uniforms, dtype=torch.float64, device=self.device)
-        )
+        tokens[torch.from_numpy(drawing).to(self.device)] = drawn
         return tokens
 
     def _accept(self, output: SampleOutput, slots: Sequence[int], rows: list[SamplerRow]) -> None:

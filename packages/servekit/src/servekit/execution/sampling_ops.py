@@ -27,7 +27,12 @@ def uniform(seed: int, position: int) -> float:
 
     Source: SplitMix64, Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
-    return (_mix(_mix(seed) ^ (position * 0x9E3779B97F4A7C15 & MASK64)) >> 11) * 2.0**-53
+    return (counter_seed(seed, position) >> 11) * 2.0**-53
+
+
+def counter_seed(seed: int, position: int) -> int:
+    """64 bits that seed the noise of the token at ``position`` of the output."""
+    return _mix(_mix(seed) ^ (position * 0x9E3779B97F4A7C15 & MASK64))
 
 
 def _mix(z: int) -> int:

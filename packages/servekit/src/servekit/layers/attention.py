@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -14,6 +15,10 @@ from torch import Tensor
 from servekit.kernels.kv_write import kv_write
 from servekit.kernels.paged_attention import AttentionMetadata, paged_attention
 from servekit.kernels.paged_attention.metadata import StepRows, build_metadata
+from servekit.kernels.rotary import apply_rotary
+
+MetadataBuilder = Callable[[np.ndarray, np.ndarray, np.ndarray, int, int, torch.device], AttentionMetadata]
+Apart = Callable[[Callable[[], Tensor]], Tensor]
 
 
 @dataclass
@@ -21,7 +26,8 @@ class StepInputs:
     """What the layers of one step read.
 
     ``token_ids``, ``positions``: ``[tokens]`` int64. ``rows``: one a KV group, with its block tables. ``angles``:
-    rotary cosines and sines of the positions, filled by the model.
+    rotary cosines and sines of the positions, filled by the model. ``build``: makes what the attention kernel reads.
+    ``apart``: runs a layer's attention where the rest of the step is recorded (``servekit.execution.graphs``).
     """
 
     token_ids: Tensor
@@ -29,13 +35,15 @@ class StepInputs:
     rows: list[StepRows]
     block_size: int
     angles: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    build: MetadataBuilder = build_metadata
+    apart: Apart | None = None
 
     @cached_property
     def attention(self) -> list[AttentionMetadata]:
         """What kernels that are given every place need, one a KV group."""
         device = self.token_ids.device
         return [
-            build_metadata(rows.tables, rows.starts, rows.counts, self.block_size, rows.window, device)
+            self.build(rows.tables, rows.starts, rows.counts, self.block_size, rows.window, device)
             for rows in self.rows
         ]
 
@@ -48,6 +56,14 @@ class PagedAttention(Protocol):
     ) -> Tensor: ...
 
 
+class RopeKVWrite(Protocol):
+    """An implementation of ``servekit.kernels.rope_kv_write``."""
+
+    def __call__(
+        self, qk: Tensor, value: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, places: Tensor
+    ) -> Tensor: ...
+
+
 class Attention:
     """One layer's attention, this rank's heads of it; its cache is bound once the blocks are counted.
 
@@ -55,6 +71,7 @@ class Attention:
         heads, kv_heads: of this rank.
         group: which KV group's block tables it follows.
         kernel: ``weights.kernels.paged_attention``.
+        rope_kv_write: ``weights.kernels.rope_kv_write``; None rotates and writes one after the other.
     """
 
     def __init__(
@@ -67,6 +84,7 @@ class Attention:
         group: int = 0,
         soft_cap: float = 0.0,
         kernel: PagedAttention = paged_attention,
+        rope_kv_write: RopeKVWrite | None = None,
     ) -> None:
         self.heads = heads
         self.kv_heads = kv_heads
@@ -75,6 +93,7 @@ class Attention:
         self.group = group
         self.soft_cap = soft_cap
         self.kernel = kernel
+        self.rope_kv_write = rope_kv_write
         self.cache = torch.empty(0)
 
     def bind(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -86,9 +105,22 @@ class Attention:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, step: StepInputs) -> Tensor:
         """``query`` ``[tokens, heads, head_dim]``, ``key`` and ``value`` ``[tokens, kv_heads, head_dim]``."""
-        metadata = step.attention[self.group]
-        kv_write(self.cache, key, value, metadata.write_places)
-        return self.kernel(query, self.cache, metadata, self.scale, self.soft_cap)
+        kv_write(self.cache, key, value, step.attention[self.group].write_places)
+        return self._attend(query, step)
+
+    def rotated(self, qk: Tensor, value: Tensor, angles: tuple[Tensor, Tensor], step: StepInputs) -> Tensor:
+        """As a call with queries and keys turned by ``angles``; ``qk`` is ``[tokens, heads + kv_heads, head_dim]``."""
+        if self.rope_kv_write is None:
+            turned = apply_rotary(qk, *angles)
+            return self(turned[:, : self.heads], turned[:, self.heads :], value, step)
+        places = step.attention[self.group].write_places
+        return self._attend(self.rope_kv_write(qk, value, *angles, self.cache, places), step)
+
+    def _attend(self, query: Tensor, step: StepInputs) -> Tensor:
+        def attend() -> Tensor:
+            return self.kernel(query, self.cache, step.attention[self.group], self.scale, self.soft_cap)
+
+        return step.apart(attend) if step.apart else attend()
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -11,18 +11,23 @@ from servekit.kernels import linear as linears
 from servekit.kernels import paged_attention as attention
 from servekit.kernels import rms_norm as norm
 from servekit.kernels import silu_and_mul as gate
+from servekit.kernels.choice import TRITON, backend_of, function_of
 from servekit.kernels.linear import deterministic as deterministic_linears
 from servekit.kernels.paged_attention import deterministic as deterministic_attention
+from servekit.kernels.paged_attention.metadata import build_metadata, paged_metadata
 from servekit.kernels.rms_norm import deterministic as deterministic_norm
 from servekit.kernels.silu_and_mul import deterministic as deterministic_gate
-from servekit.layers.attention import PagedAttention
+from servekit.layers.attention import MetadataBuilder, PagedAttention, RopeKVWrite
+
+Sample = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
     """The operations that have more than one implementation; by default the fastest here.
 
-    ``linear_of`` makes a product from a weight and its bias; the others are called as they stand.
+    ``linear_of`` makes a product from a weight and its bias; the others are called as they stand. ``rope_kv_write`` and
+    ``sample`` are None where the steps are taken one by one; ``build_metadata`` makes what ``paged_attention`` reads.
     """
 
     linear_of: Callable[[Tensor, Tensor | None], linears.Linear] = linears.linear_of
@@ -30,6 +35,10 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = norm.rms_norm
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = norm.add_rms_norm
     silu_and_mul: Callable[[Tensor], Tensor] = gate.silu_and_mul
+    gelu_and_mul: Callable[..., Tensor] = gate.gelu_and_mul
+    rope_kv_write: RopeKVWrite | None = None
+    build_metadata: MetadataBuilder = build_metadata
+    sample: Sample | None = None
 
 
 def deterministic_kernels() -> Kernels:
@@ -40,4 +49,20 @@ def deterministic_kernels() -> Kernels:
         rms_norm=deterministic_norm.rms_norm,
         add_rms_norm=deterministic_norm.add_rms_norm,
         silu_and_mul=deterministic_gate.silu_and_mul,
+    )
+
+
+def kernels_of(platform: str) -> Kernels:
+    """Those that ``servekit.kernels.choice`` has for a platform (``Platform.name``)."""
+    if backend_of("paged_attention", platform) != TRITON:
+        return Kernels()
+    return Kernels(
+        paged_attention=function_of("paged_attention", "paged_attention", platform),
+        rms_norm=function_of("rms_norm", "rms_norm", platform),
+        add_rms_norm=function_of("rms_norm", "add_rms_norm", platform),
+        silu_and_mul=function_of("silu_and_mul", "silu_and_mul", platform),
+        gelu_and_mul=function_of("silu_and_mul", "gelu_and_mul", platform),
+        rope_kv_write=function_of("rope_kv_write", "rope_kv_write", platform),
+        build_metadata=paged_metadata,
+        sample=function_of("sample", "sample", platform),
     )

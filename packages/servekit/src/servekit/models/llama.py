@@ -115,8 +115,15 @@ class LlamaLayer:
         if config.qk_norm:
             self.q_norm = RMSNorm(weights, f"{at}.self_attn.q_norm.weight", width, config.eps)
             self.k_norm = RMSNorm(weights, f"{at}.self_attn.k_norm.weight", width, config.eps)
-        kernel = weights.kernels.paged_attention
-        self.attention = Attention(self.heads, self.kv_heads, width, scale=width**-0.5, group=group, kernel=kernel)
+        self.attention = Attention(
+            self.heads,
+            self.kv_heads,
+            width,
+            scale=width**-0.5,
+            group=group,
+            kernel=weights.kernels.paged_attention,
+            rope_kv_write=weights.kernels.rope_kv_write,
+        )
         self.out = RowParallelLinear(weights, f"{at}.self_attn.o_proj", outs[0], hidden, bias=config.out_bias)
         self.post_norm = RMSNorm(weights, f"{at}.post_attention_layernorm.weight", hidden, config.eps)
         names = [f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"]
@@ -138,8 +145,7 @@ class LlamaLayer:
         value = qkv[:, turned:].view(tokens, self.kv_heads, self.width)
         if self.q_norm and self.k_norm:
             qk = torch.cat((self.q_norm(qk[:, : self.heads]), self.k_norm(qk[:, self.heads :])), dim=1)
-        qk = RotaryEmbedding.rotate(qk, step.angles["rope"])
-        out = self.attention(qk[:, : self.heads], qk[:, self.heads :], value, step)
+        out = self.attention.rotated(qk, value, step.angles["rope"], step)
         return self.out(out.reshape(tokens, -1))
 
 

@@ -1,0 +1,50 @@
+"""The whole engine on Triton's kernels, interpreted or on a GPU: its greedy tokens are Transformers'."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.kernels.backends import DEVICE
+from tests.tiny import make_folder
+
+from common_platform.kernels import is_interpreted, runs_triton
+from servekit import LLM, SamplingParams
+
+pytestmark = pytest.mark.skipif(runs_triton(DEVICE) is not None, reason="triton does not run here")
+PROMPTS = [[5, 9, 200, 7], list(range(3, 40)), [77]]
+NUM_TOKENS = 6 if is_interpreted() else 32
+
+
+def expected(folder, prompts, num_tokens):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, eos_token_id=None
+            )
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral-window", "qwen3"])
+def folder(request, tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("models") / request.param, request.param, vocab_size=49152)
+
+
+def run(folder, prompts, params, **settings):
+    with LLM(
+        folder, kernels="triton", device=str(DEVICE), dtype="float32", max_model_len=128, max_num_seqs=4, **settings
+    ) as llm:
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
+        return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("chunk", [16, 64], ids=["chunked", "whole"])
+def test_greedy_tokens_of_triton_are_those_of_transformers(folder, chunk):
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    found = run(folder, PROMPTS, params, max_num_batched_tokens=chunk)
+    assert [list(tokens) for tokens in found] == expected(folder, PROMPTS, NUM_TOKENS)
