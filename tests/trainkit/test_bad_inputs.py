@@ -28,7 +28,6 @@ ARGUMENTS = [
     ("strategy", "ddpp", "ddpp.*single.*ddp"),
     ("strategy", "fsdp", "not part of this version"),
     ("precision", "fp7", "fp7.*bf16-mixed"),
-    ("precision", "transformer-engine", "not part of this version"),
     ("devices", "all the gpus", "auto"),
     ("devices", [0, 0], "duplicate 0"),
     ("devices", 0, "1 or more"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from trainkit import callbacks, loggers, pytorch
+    from trainkit import callbacks, loggers, plugins, pytorch, tuner
     from trainkit.callbacks.base import Callback
     from trainkit.data.module import DataModule
     from trainkit.data.seed import seed_everything
@@ -30,8 +30,10 @@ _PUBLIC = {
     "Trainer": "trainkit.trainer:Trainer",
     "callbacks": "trainkit.callbacks:",
     "loggers": "trainkit.loggers:",
+    "plugins": "trainkit.plugins:",
     "pytorch": "trainkit.pytorch:",
     "seed_everything": "trainkit.data.seed:seed_everything",
+    "tuner": "trainkit.tuner:",
 }
 __all__ = [
     "Callback",
@@ -44,8 +46,10 @@ __all__ = [
     "__version__",
     "callbacks",
     "loggers",
+    "plugins",
     "pytorch",
     "seed_everything",
+    "tuner",
 ]
 
 

@@ -7,13 +7,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common_platform.errors import ConfigError
 from trainkit.callbacks.base import Callback, Checkpoint
 from trainkit.callbacks.model_checkpoint import ModelCheckpoint
 from trainkit.callbacks.progress import ProgressBar
+from trainkit.callbacks.registry import from_factories, make_callback
 from trainkit.callbacks.timer import Timer
+from trainkit.checkpoint import CheckpointIO
 from trainkit.limits import Limits
 from trainkit.loggers import CSVLogger, Logger
+from trainkit.precision import Precision, make_precision
 
 
 def at_least(name: str, value: Any, low: int) -> int:
@@ -75,17 +80,18 @@ def limits_from(
 
 
 def callbacks_from(
-    given: Sequence[Callback] | Callback | None, *, max_time: Any, progress_bar: bool, checkpointing: bool
+    given: Sequence[Callback | str | Mapping[str, Any]] | Callback | None,
+    *,
+    max_time: Any,
+    progress_bar: bool,
+    checkpointing: bool,
 ) -> list[Callback]:
     """The callbacks in the order in which they are called; keepers of checkpoints last.
 
     Raises:
         ConfigError: one is no callback, or two would share a state or a folder.
     """
-    callbacks = [given] if isinstance(given, Callback) else list(given or [])
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            raise ConfigError("callbacks", type(callback).__name__, "trainkit.Callback or a subclass")
+    callbacks = [make_callback(one) for one in _as_list(given)] + from_factories()
     keepers = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
     if keepers and not checkpointing:
         raise ConfigError("enable_checkpointing", False, f"True, or no {type(keepers[0]).__name__} in callbacks")
@@ -96,6 +102,16 @@ def callbacks_from(
     if checkpointing and not keepers:
         callbacks.append(ModelCheckpoint())
     return in_order(callbacks)
+
+
+def _as_list(given: Any) -> list[Any]:
+    return [given] if isinstance(given, Callback | str | Mapping) else list(given or [])
+
+
+def without_keepers(given: Any) -> list[Callback]:
+    """Those of the callbacks that keep no checkpoints."""
+    made = [make_callback(one) for one in _as_list(given)]
+    return [callback for callback in made if not callback.keeps_checkpoints]
 
 
 def in_order(callbacks: list[Callback]) -> list[Callback]:
@@ -125,3 +141,22 @@ def loggers_from(given: bool | Logger | Iterable[Logger] | None, root: Path) -> 
         if not isinstance(logger, Logger):
             raise ConfigError("logger", type(logger).__name__, "trainkit.loggers.Logger or a subclass")
     return loggers
+
+
+def plugins_from(name: str | int | None, plugins: Any, device: torch.device) -> tuple[Precision, CheckpointIO]:
+    """The precision and the way to the disk.
+
+    Raises:
+        ConfigError: something in ``plugins`` is neither, or there are two of a kind.
+    """
+    given = list(plugins) if isinstance(plugins, list | tuple) else [] if plugins is None else [plugins]
+    for plugin in given:
+        if not isinstance(plugin, Precision | CheckpointIO):
+            raise ConfigError("plugins", type(plugin).__name__, "a trainkit.precision.Precision or a CheckpointIO")
+    precisions = [plugin for plugin in given if isinstance(plugin, Precision)]
+    ways = [plugin for plugin in given if isinstance(plugin, CheckpointIO)]
+    if len(precisions) > 1 or len(ways) > 1:
+        raise ConfigError("plugins", [type(plugin).__name__ for plugin in given], "one of a kind")
+    if precisions and name is not None:
+        raise ConfigError("precision", name, "None beside a Precision in plugins")
+    return precisions[0] if precisions else make_precision(name, device), ways[0] if ways else CheckpointIO()

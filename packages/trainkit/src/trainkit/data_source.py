@@ -60,6 +60,11 @@ class DataSource:
         """Let the loaders of ``stage`` be asked for again."""
         self._loaders.pop(stage, None)
 
+    def given_to_fit(self) -> dict[str, Any]:
+        """The arguments for another fit over the same data."""
+        given = {"train_dataloaders": self._given.get("fit"), "val_dataloaders": self._given.get("validate")}
+        return {n: v for n, v in {**given, "datamodule": self._datamodule}.items() if v is not None}
+
     def _find(self, stage: str) -> Any:
         if self._given.get(stage) is not None:
             return self._given[stage]

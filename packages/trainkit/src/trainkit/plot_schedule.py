@@ -39,13 +39,23 @@ def plot_schedule(make: Callable[[Optimizer], Any], steps: int, path: str | Path
     Raises:
         ResourceError: matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
-        raise ResourceError("plot_schedule", "matplotlib", "installed: pip install 'trainkit[plot]'")
+    part = matplotlib_part("figure", "plot_schedule")
     rates = schedule_rates(make, steps, lr)
-    figure = import_module("matplotlib.figure").Figure(figsize=(7, 3.5), layout="constrained")
+    figure = part.Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(range(steps), rates)
     axes.set(xlabel="step", ylabel="learning rate", xlim=(0, steps), ylim=(0, None))
     axes.grid(alpha=0.3)
     figure.savefig(path)
     return rates
+
+
+def matplotlib_part(name: str, needed_by: str) -> Any:
+    """The module ``matplotlib.name``.
+
+    Raises:
+        ResourceError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ResourceError(needed_by, "matplotlib", "installed: pip install 'trainkit[plot]'")
+    return import_module(f"matplotlib.{name}")

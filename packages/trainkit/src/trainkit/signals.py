@@ -1,4 +1,8 @@
-"""SIGTERM in training: go on to the next quiet moment, save a checkpoint, and exit with status 143."""
+"""Signals in training: go on to the next quiet moment, and do there what was asked for.
+
+SIGTERM: save a checkpoint and exit with status 143. SIGUSR1: save one and go on; in a job of SLURM, which sends it
+before its time is over, put the job back into the queue and exit.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,30 @@ from contextlib import contextmanager
 from types import FrameType
 
 EXIT_STATUS = 128 + signal.SIGTERM
+HEEDED = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 
 @contextmanager
-def heeding_sigterm(heard: Callable[[], None]) -> Iterator[None]:
-    """In the block, SIGTERM calls ``heard`` and nothing else; a second one ends the process as usual.
+def heeding(heard: Callable[[int], None]) -> Iterator[None]:
+    """In the block, the signals above call ``heard`` with their number and nothing else; a second SIGTERM ends the
+    process as usual.
 
     Outside of the main thread, where Python cannot handle signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        heard()
+        if number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_DFL)
+        heard(number)
 
-    signal.signal(signal.SIGTERM, on_signal)
+    before = {number: signal.getsignal(number) for number in HEEDED}
+    for number in HEEDED:
+        signal.signal(number, on_signal)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -35,6 +35,8 @@ class Stage:
 
     def _set_up(self) -> None:
         trainer, data = self._trainer, self._trainer.datamodule
+        if trainer.is_nested:
+            return
         if trainer.local_rank == 0:
             if data is not None:
                 data.prepare_data()
@@ -53,11 +55,13 @@ class Stage:
             problems += trainer.call_each("on_exception", error)
             if data is not None:
                 self._run(problems, data.on_exception, error)
+        self._run(problems, trainer.checkpoint_io.wait)
         for logger in trainer.loggers:
             self._run(problems, logger.finalize, "success" if error is None else "failed")
-        if data is not None:
+        if data is not None and not trainer.is_nested:
             self._run(problems, lambda: data.teardown(stage=self._name))
-        problems += trainer.call_each("teardown", stage=self._name)
+        if not trainer.is_nested:
+            problems += trainer.call_each("teardown", stage=self._name)
         trainer.leave_stage()
         if error is None and problems:
             raise problems[0]

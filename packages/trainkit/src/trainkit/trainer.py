@@ -13,8 +13,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from common_platform.errors import ConfigError
-from trainkit import checkpoint, run_state
-from trainkit.arguments import at_least, callbacks_from, in_order, limits_from, loggers_from, refuse
+from trainkit import checkpoint, resuming, run_state
+from trainkit.arguments import (
+    at_least,
+    callbacks_from,
+    in_order,
+    limits_from,
+    loggers_from,
+    plugins_from,
+    refuse,
+    without_keepers,
+)
 from trainkit.callbacks.base import Callback
 from trainkit.callbacks.early_stopping import EarlyStopping
 from trainkit.callbacks.model_checkpoint import ModelCheckpoint
@@ -27,6 +36,7 @@ from trainkit.data.module import DataModule
 from trainkit.data.seed import rng_state, set_rng_state
 from trainkit.data_source import LOADER_OF, DataSource
 from trainkit.hooks import HookCaller, is_written
+from trainkit.interruption import Interruption
 from trainkit.loggers import Logger
 from trainkit.loop.evaluate import PREDICTION, TEST, VALIDATION, Evaluation, evaluate, inference
 from trainkit.loop.fit import FitLoop, Progress
@@ -34,8 +44,7 @@ from trainkit.loop.optimization import parameters_of
 from trainkit.loop.results import Results
 from trainkit.module import TrainModule
 from trainkit.optimizers import ManagedOptimizer, SchedulerSetup, understand
-from trainkit.precision import Precision, make_precision
-from trainkit.signals import EXIT_STATUS, heeding_sigterm
+from trainkit.signals import heeding
 from trainkit.stage import Stage
 from trainkit.strategies import Strategy, make_strategy
 from trainkit.table import print_metrics
@@ -50,7 +59,8 @@ class Trainer:
         devices: how many, which ones, or "auto".
         precision: one of ``trainkit.precision.PRECISIONS``; default "32-true".
         logger: True or None for CSV, False for none, a ``Logger`` or several.
-        callbacks: in the order in which they are called; those that keep checkpoints come last.
+        callbacks: in the order in which they are called; those that keep checkpoints come last. A name stands for a
+            callback with its defaults, ``{"name": ..., argument: ...}`` for one with arguments.
         fast_dev_run: this many batches of everything, without loggers and checkpoints, to see whether it runs.
         max_epochs: default 1000, or no limit where ``max_steps`` or ``max_time`` is given. -1: no limit.
         max_steps: optimizer steps. -1: no limit.
@@ -70,7 +80,7 @@ class Trainer:
         use_distributed_sampler: split the loaders' samples over ranks.
         detect_anomaly: find the operation that made a gradient NaN; slow.
         barebones: nothing beside the loop: no loggers, checkpoints, progress, sanity check.
-        plugins: a ``Precision``, in place of ``precision``.
+        plugins: a ``Precision``, in place of ``precision``; a ``CheckpointIO``, such as ``AsyncCheckpointIO``.
         default_root_dir: where checkpoints and logs go; default: ``runs`` here.
         enable_autolog_hparams: whether loggers are told of the module's hyperparameters.
         max_skipped: batches in a row that may be skipped, or lost to overflowing gradients, before it is an error.
@@ -91,7 +101,7 @@ class Trainer:
         num_nodes: int = 1,
         precision: str | int | None = None,
         logger: bool | Logger | Iterable[Logger] | None = None,
-        callbacks: Sequence[Callback] | Callback | None = None,
+        callbacks: Sequence[Callback | str | Mapping[str, Any]] | Callback | None = None,
         fast_dev_run: bool | int = False,
         max_epochs: int | None = None,
         min_epochs: int | None = None,
@@ -167,16 +177,12 @@ class Trainer:
         self.prefetch_to_device = prefetch_to_device
         self.gradient_clip_val, self.gradient_clip_algorithm = _clipping(gradient_clip_val, gradient_clip_algorithm)
         self.strategy = make_strategy(strategy, accelerator, devices)
-        self.precision_plugin = _precision(precision, plugins, self.strategy.device)
-        self.callbacks = (
-            callbacks_from(
-                callbacks,
-                max_time=max_time,
-                progress_bar=enable_progress_bar is not False and not barebones,
-                checkpointing=enable_checkpointing is not False and not quiet,
-            )
-            if not quiet
-            else _without_keepers(callbacks, max_time, enable_progress_bar is not False and not barebones)
+        self.precision_plugin, self.checkpoint_io = plugins_from(precision, plugins, self.strategy.device)
+        self.callbacks = callbacks_from(
+            without_keepers(callbacks) if quiet else callbacks,
+            max_time=max_time,
+            progress_bar=enable_progress_bar is not False and not barebones,
+            checkpointing=enable_checkpointing is not False and not quiet,
         )
         if enable_model_summary and not any(isinstance(one, ModelSummary) for one in self.callbacks):
             self.callbacks.insert(0, ModelSummary())
@@ -188,6 +194,7 @@ class Trainer:
         self.should_stop = False
         self.sanity_checking = False
         self.received_sigterm = False
+        self.interruption: Interruption | None = None
         self.last_loss: Tensor | None = None
         self.optimizers: list[Optimizer] = []
         self.managed_optimizers: list[ManagedOptimizer] = []
@@ -208,7 +215,8 @@ class Trainer:
         self._resumed: dict[str, Any] = {}
         self._clips = False  # whether the module clips in a way of its own
         self._overflows = 0  # steps in a row that were skipped
-        self._own_callbacks = self.callbacks
+        self.own_callbacks = self.callbacks  # without those of a module
+        self.is_nested = False  # a short run in the middle of another Trainer's
 
     # --- what runs ---
 
@@ -225,7 +233,8 @@ class Trainer:
 
         Args:
             train_dataloaders, val_dataloaders: iterables of batches; else those of ``datamodule``, else the module's.
-            ckpt_path: a checkpoint to go on from; "last": the newest in the checkpoint folder, if there is one.
+            ckpt_path: a checkpoint to go on from; "last": the newest in the checkpoint folder, if there is one;
+                "last-valid": the newest that is not damaged.
 
         Raises:
             NonFiniteLoss: the loss became NaN or infinite.
@@ -238,12 +247,15 @@ class Trainer:
             self._configure(model, state)
             self.call("on_fit_start")
             self.call_last("on_fit_start")
+            if state is not None:
+                run_state.load_after_setup(self, state)
             self._sanity_check()
             self.fit_loop = self._fit_loop()
+            self.interruption = Interruption(self)
             with (
                 torch.autograd.set_detect_anomaly(self._detect_anomaly),
                 self.stage("train"),
-                heeding_sigterm(self._hear_sigterm),
+                heeding(self.interruption.hear),
             ):
                 self.fit_loop.run()
             self.call("on_fit_end")
@@ -347,8 +359,6 @@ class Trainer:
             run_state.load_before_setup(self, state)
         self.strategy.setup(self.precision_plugin.convert(model), trains=True)
         self._configure_optimizers(model)
-        if state is not None:
-            run_state.load_after_setup(self, state)
         if self._log_hparams:
             for logger in self.loggers:
                 logger.log_hyperparams(model.hparams)
@@ -521,23 +531,9 @@ class Trainer:
         return bool(every) and (self.progress.log_step + 1) % every == 0
 
     def between_batches(self) -> None:
-        """Called after each training batch and its validation, when the state is whole: ends the run after SIGTERM.
-
-        Raises:
-            SystemExit: with status 143, once a checkpoint is on disk, if one is kept at all.
-        """
-        received = self.received_sigterm
-        if self.world_size > 1:  # all ranks leave at once, so they ask each other, but not at every step
-            if self.progress.total_batches % max(self.log_every_n_steps, 1):
-                return
-            received = bool(self.strategy.reduce(torch.tensor(float(received)), "max") > 0)
-        if received:
-            if self.checkpoint_callback is not None:
-                self.checkpoint_callback.save_last_now(self)
-            raise SystemExit(EXIT_STATUS)
-
-    def _hear_sigterm(self) -> None:
-        self.received_sigterm = True
+        """Called after each training batch and its validation, when the state is whole."""
+        if self.interruption is not None:
+            self.interruption.between_batches()
 
     def agree_to_stop(self) -> None:
         """All ranks stop where one wants to."""
@@ -710,7 +706,11 @@ class Trainer:
 
     @property
     def num_val_batches(self) -> list[float]:
-        return [self.limits.of("validate", num_batches_of(one)) for one in self.loaders("validate")]
+        return self.num_batches_of("validate")
+
+    def num_batches_of(self, stage: str) -> list[float]:
+        """Of each loader of ``stage``; infinite where one does not tell."""
+        return [self.limits.of(stage, num_batches_of(one)) for one in self.loaders(stage)]
 
     @property
     def is_last_batch(self) -> bool:
@@ -786,7 +786,7 @@ class Trainer:
         problem: Exception | None = None
         if self.is_global_zero:
             try:
-                checkpoint.save(filepath, state.pop("state_dict"), state)
+                self.checkpoint_io.save(filepath, state.pop("state_dict"), state)
             except Exception as error:  # noqa: BLE001 - raised again below, once the other ranks know
                 problem = error
         if self.world_size > 1 and not self.strategy.broadcast_plain(problem is None) and problem is None:
@@ -794,23 +794,15 @@ class Trainer:
         if problem is not None:
             raise problem
 
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Remove a checkpoint, when those that were saved after it are whole; the first rank does."""
+        if self.is_global_zero:
+            self.checkpoint_io.remove(filepath)
+
     def _load(self, ckpt_path: str | Path | None) -> dict[str, Any] | None:
-        """The checkpoint that ``ckpt_path`` means, if there is one."""
-        self.ckpt_path = ckpt_path
-        if ckpt_path is None:
-            return None
-        path: str | Path | None = ckpt_path
-        if str(ckpt_path) in ("last", "best"):
-            keeper = self.checkpoint_callback
-            path = checkpoint.find_last(self.checkpoint_dir)
-            if str(ckpt_path) == "best":
-                path = keeper.best_model_path if keeper is not None else None
-                if not path:
-                    raise ConfigError("ckpt_path", "best", "a ModelCheckpoint that has kept one")
-        if path is None:
-            return None
-        self.ckpt_path = path
-        return checkpoint.load_any(path)
+        """What is in the checkpoint that ``ckpt_path`` means, if there is one."""
+        self.ckpt_path, state = resuming.find(self, ckpt_path)
+        return state
 
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
         checkpoint.load_weights(self.module, state, strict=self.module.strict_loading)
@@ -857,7 +849,8 @@ class Trainer:
         self._stage = stage
         self._doing = None if stage == "fit" else stage
         self._hooks = None
-        self.callbacks = in_order(_with_module_callbacks(self._own_callbacks, model.configure_callbacks()))
+        own = [] if self.is_nested else model.configure_callbacks()
+        self.callbacks = in_order(_with_module_callbacks(self.own_callbacks, own))
         self._data = DataSource(
             model,
             datamodule,
@@ -884,22 +877,6 @@ def _clipping(value: float | None, algorithm: str | None) -> tuple[float | None,
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
         raise ConfigError("gradient_clip_val", value, "a number, 0 or more, or None")
     return value, algorithm
-
-
-def _precision(name: str | int | None, plugins: Any, device: torch.device) -> Precision:
-    given = plugins if isinstance(plugins, list | tuple) else [] if plugins is None else [plugins]
-    for plugin in given:
-        if not isinstance(plugin, Precision):
-            raise ConfigError("plugins", type(plugin).__name__, "a trainkit.precision.Precision")
-    if given and name is not None:
-        raise ConfigError("precision", name, "None beside a Precision in plugins")
-    return given[0] if given else make_precision(name, device)
-
-
-def _without_keepers(callbacks: Any, max_time: Any, progress_bar: bool) -> list[Callback]:
-    given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
-    kept = [callback for callback in given if not getattr(callback, "keeps_checkpoints", False)]
-    return callbacks_from(kept, max_time=max_time, progress_bar=progress_bar, checkpointing=False)
 
 
 def _with_module_callbacks(callbacks: list[Callback], own: Any) -> list[Callback]:

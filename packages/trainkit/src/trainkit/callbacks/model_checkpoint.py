@@ -32,7 +32,7 @@ class ModelCheckpoint(Checkpoint):
             ``{epoch}-{step}``. A field is written as ``name=value``.
         monitor: the metric by which the best are chosen; None keeps the newest.
         verbose: print what is kept.
-        save_last: also keep the newest as ``last``.
+        save_last: also keep the newest as ``last``; "link": as a link to the newest that is kept.
         save_top_k: how many are kept; -1 all, 0 none. Without a metric, -1, 0 or 1.
         save_on_exception: save ``last`` when training is left by an exception, Ctrl-C included.
         save_weights_only: what ``load_from_checkpoint`` needs, and not what a resumed run needs.
@@ -83,15 +83,15 @@ class ModelCheckpoint(Checkpoint):
             raise ConfigError(
                 "ModelCheckpoint", ways, "one of every_n_train_steps, train_time_interval, every_n_epochs"
             )
-        if save_last not in (None, True, False):
-            raise ConfigError("ModelCheckpoint.save_last", save_last, "True or False: links are not supported")
+        if save_last not in (None, True, False, "link"):
+            raise ConfigError("ModelCheckpoint.save_last", save_last, "True, False or 'link'")
         self.dirpath = Path(dirpath) if dirpath is not None else None
         self.filename = filename or "{epoch}-{step}"
         self.monitor = monitor
         self.verbose = verbose
         self.mode = mode
         self.save_top_k = save_top_k
-        self.save_last = bool(save_last)
+        self.save_last = save_last or False
         self.save_on_exception = save_on_exception
         self.save_weights_only = save_weights_only
         self.auto_insert_metric_name = auto_insert_metric_name
@@ -121,7 +121,7 @@ class ModelCheckpoint(Checkpoint):
     @property
     def writes_all_names(self) -> bool:
         """Whether two such callbacks in one folder could write one name."""
-        return not self.enable_version_counter or self.save_last
+        return not self.enable_version_counter or bool(self.save_last)
 
     @property
     def best_k_models(self) -> dict[str, Tensor]:
@@ -181,19 +181,29 @@ class ModelCheckpoint(Checkpoint):
             return
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         score = trainer.strategy.broadcast_plain(self._score(trainer))
+        kept: Path | None = None
         if self.save_top_k and self._is_kept(score):
-            path = self._path(trainer)
+            kept = path = self._path(trainer)
             self._kept[str(path)] = score
             removed = self._order(str(path))
             trainer.save_checkpoint(path, weights_only=self.save_weights_only)
             if self.verbose:
                 trainer.print(f"epoch {trainer.current_epoch}, step {trainer.global_step}: kept as {path.name}")
             for old in removed:
-                if trainer.is_global_zero and old != str(path):
-                    shutil.rmtree(old, ignore_errors=True)
+                if old != str(path):
+                    trainer.remove_checkpoint(old)
         if self.save_last:
-            self.last_model_path = str(self._last(trainer))
-            trainer.save_checkpoint(self.last_model_path, weights_only=self.save_weights_only)
+            self._save_last(trainer, kept)
+
+    def _save_last(self, trainer: Trainer, kept: Path | None) -> None:
+        last = self._last(trainer)
+        self.last_model_path = str(last)
+        if self.save_last != "link" or kept is None:
+            if last.is_symlink():
+                trainer.remove_checkpoint(last)
+            trainer.save_checkpoint(last, weights_only=self.save_weights_only)
+        elif trainer.is_global_zero:
+            trainer.checkpoint_io.then(lambda: _link(last, kept))
 
     def _last(self, trainer: Trainer) -> Path:
         return self.folder(trainer) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
@@ -248,6 +258,24 @@ class ModelCheckpoint(Checkpoint):
         parts = [re.sub(r"[^A-Za-z0-9_.+=-]", "_", part) for part in FIELD.sub(field, self.filename).split("/")]
         return "/".join(part for part in parts if part not in ("", ".", "..")) + self.FILE_EXTENSION
 
+    @property
+    def kth_best_model_path(self) -> str:
+        """The worst of those that are kept."""
+        return max(self._kept, key=lambda path: self._kept[path], default="")
+
+    @property
+    def kth_value(self) -> Tensor | None:
+        """Its score."""
+        return torch.tensor(self._signed(self._kept[self.kth_best_model_path])) if self._kept else None
+
+    def to_yaml(self, filepath: str | Path | None = None) -> None:
+        """Write path and score of each kept checkpoint, a line each; default ``best_k_models.yaml`` beside them."""
+        if filepath is None and self.dirpath is None and not self._kept:
+            raise ConfigError("filepath", None, "a path: nothing is kept yet")
+        folder = self.dirpath or Path(next(iter(self._kept), ".")).parent
+        lines = [f"{path}: {score.item()}\n" for path, score in self.best_k_models.items()]
+        Path(filepath or folder / "best_k_models.yaml").write_text("".join(lines))
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "kept": dict(self._kept),
@@ -261,3 +289,13 @@ class ModelCheckpoint(Checkpoint):
         self._kept = {path: score for path, score in state_dict["kept"].items() if Path(path).is_dir()}
         self.best_model_path, self.best_model_score = state_dict["best_model_path"], state_dict["best_model_score"]
         self.last_model_path, self._saved_step = state_dict["last_model_path"], state_dict["saved_step"]
+
+
+def _link(last: Path, target: Path) -> None:
+    """Let ``last`` lead to ``target``, in place of what stood there."""
+    if last.is_dir() and not last.is_symlink():
+        shutil.rmtree(last)
+    new = last.with_name(f".{last.name}.link")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target.name, target_is_directory=True)
+    new.replace(last)

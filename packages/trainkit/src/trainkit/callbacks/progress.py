@@ -95,14 +95,6 @@ class ProgressBar(Callback):
         self._stop()
 
 
-class TQDMProgressBar(ProgressBar):
-    """Our progress bar with the arguments of Lightning's, which are taken and not needed."""
-
-    def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
-        super().__init__()
-        self.refresh_rate = refresh_rate
-
-
 class RichProgressBar(ProgressBar):
     """Our progress bar with the arguments of Lightning's, which are taken and not needed."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,6 +20,7 @@ from common_platform.errors import (
     ArtifactError,
     ArtifactVersionError,
     CheckpointCorrupt,
+    CheckpointError,
     CheckpointIncomplete,
     CheckpointVersionError,
     CheckpointWriteError,
@@ -31,31 +32,67 @@ MODEL, STATE_TENSORS, STATE = "model.safetensors", "state.safetensors", "state.j
 VERSION = 2
 
 
-def save(path: str | Path, model: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write a checkpoint at ``path``, in place of one that stands there.
+class Prepared(NamedTuple):
+    """A checkpoint that is ready to be written: nothing in it changes any more, if it was copied."""
+
+    weights: dict[str, Tensor]
+    aliases: dict[str, str]
+    tensors: dict[str, Tensor]
+    plain: Any
+    global_step: int
+
+
+def prepare(model: dict[str, Tensor], state: dict[str, Any], *, copy: bool = False) -> Prepared:
+    """Tensors and plain values of a checkpoint.
 
     Args:
         model: the module's ``state_dict``.
         state: everything else; see ``tree.split`` for what it may hold.
+        copy: whether the weights are copied too, and may change before they are written.
 
     Raises:
-        CheckpointWriteError: the disk is full or not writable; what stood at ``path`` is whole.
         CheckpointError: ``state`` holds something that cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     plain = split(state, tensors)
     weights, aliases = without_shared(model)
+    if copy:
+        owned = {name: model[name] for name in weights}
+        weights = {n: t.clone() if t.data_ptr() == owned[n].data_ptr() else t for n, t in weights.items()}
+    return Prepared(weights, aliases, tensors, plain, int(state.get("global_step", 0)))
+
+
+def write(path: str | Path, prepared: Prepared) -> None:
+    """Write a checkpoint at ``path``, in place of one that stands there.
+
+    Raises:
+        CheckpointWriteError: the disk is full or not writable; what stood at ``path`` is whole.
+    """
+    about = {"version": VERSION, "aliases": prepared.aliases, "state": prepared.plain}
     try:
         with ArtifactWriter(path, overwrite=True) as writer:
-            writer.write_tensors(MODEL, weights)
-            writer.write_tensors(STATE_TENSORS, tensors)
-            writer.write_json(STATE, {"version": VERSION, "aliases": aliases, "state": plain})
-            writer.commit(provenance={"kind": "trainkit checkpoint", "global_step": state.get("global_step", 0)})
+            writer.write_tensors(MODEL, prepared.weights)
+            writer.write_tensors(STATE_TENSORS, prepared.tensors)
+            writer.write_json(STATE, about)
+            writer.commit(provenance={"kind": "trainkit checkpoint", "global_step": prepared.global_step})
     except ArtifactError as error:
-        cause = error.__cause__
-        full = isinstance(cause, OSError) and cause.errno == errno.ENOSPC
-        what = "free space on the disk" if full else "a folder that can be written to"
-        raise CheckpointWriteError("checkpoint", error.value, what) from error
+        raise _write_error(error, prepared) from error
+
+
+def _write_error(error: ArtifactError, prepared: Prepared) -> CheckpointWriteError:
+    cause: BaseException | None = error.__cause__
+    text = f"{cause or ''}"
+    full = (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) or any(
+        word in text for word in ("No space left", "File too large", "quota")
+    )
+    needed = sum(t.numel() * t.element_size() for t in (*prepared.weights.values(), *prepared.tensors.values()))
+    what = f"{needed} bytes of free space on the disk" if full else "a folder that can be written to"
+    return CheckpointWriteError("checkpoint", f"step {prepared.global_step}: {error.value}", what, flag="dirpath")
+
+
+def save(path: str | Path, model: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """``prepare`` and ``write``."""
+    write(path, prepare(model, state))
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -109,14 +146,33 @@ def manifest_of(path: Path) -> Manifest:
         raise CheckpointCorrupt(error.param, error.value, error.limit) from error
 
 
+def undo_killed_saves(folder: Path) -> None:
+    """Undo what a killed save left in ``folder``."""
+    for hidden in folder.glob(".*.replaced-*"):
+        remove_debris(folder / hidden.name[1:].rpartition(".replaced-")[0])
+
+
 def find_last(folder: Path) -> Path | None:
     """The newest complete checkpoint in ``folder``; what a killed save left is cleared away first."""
     if not folder.is_dir():
         return None
-    for hidden in folder.glob(".*.replaced-*"):
-        remove_debris(folder / hidden.name[1:].rpartition(".replaced-")[0])
+    undo_killed_saves(folder)
     found = [(_step_of(path), path.stat().st_mtime_ns, path) for path in folder.iterdir() if _is_checkpoint(path)]
     return max(found)[2] if found else None
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """All checkpoints in ``folder``, also such whose manifest cannot be read."""
+    undo_killed_saves(folder)
+    found = [path for path in folder.iterdir() if _is_checkpoint(path)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: (_step_or_none(path), path.stat().st_mtime_ns), reverse=True)
+
+
+def _step_or_none(path: Path) -> int:
+    try:
+        return _step_of(path)
+    except CheckpointError:
+        return -1
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -102,6 +102,11 @@ class FitLoop:
     def progress(self) -> Progress:
         return self.trainer.progress
 
+    @property
+    def is_between_groups(self) -> bool:
+        """Whether the optimizer has made its step with all micro-batches so far."""
+        return self._group_left == 0
+
     def run(self) -> None:
         trainer = self.trainer
         if self._is_done() or self.num_batches == 0:

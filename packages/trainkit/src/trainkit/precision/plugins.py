@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common_platform.errors import ConfigError, NonFiniteLoss
+from common_platform.errors import NonFiniteLoss
 
 Closure = Callable[[], Any]
 BeforeStep = Callable[[Optimizer], None]
@@ -20,6 +20,11 @@ class Precision:
     """Full precision: the module's weights as they are."""
 
     name = "32-true"
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the operations that take the time."""
+        return torch.float32
 
     def convert(self, module: nn.Module) -> nn.Module:
         return module
@@ -74,6 +79,10 @@ class TruePrecision(Precision):
         self.name = name
         self._dtype = dtype
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self._dtype
+
     def convert(self, module: nn.Module) -> nn.Module:
         return module.to(self._dtype)
 
@@ -96,6 +105,10 @@ class MixedPrecision(Precision):
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name = name
         self._dtype = dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self._dtype
 
     def context(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, self._dtype)
@@ -143,35 +156,6 @@ class ScaledMixedPrecision(MixedPrecision):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.scaler.load_state_dict(dict(state))
-
-
-PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
-SHORT = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-ELSEWHERE = ("transformer-engine", "transformer-engine-float16", "fp8", "apex", "xla-true", "xla-bf16")
-
-
-def make_precision(name: str | int | None, device: torch.device) -> Precision:
-    """The precision of that name; 32, 64, "32", "bf16" and "16" are understood as Lightning understands them.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    match SHORT.get(str(name), str(name)):
-        case "32-true" | "None":
-            return Precision()
-        case "64-true":
-            return TruePrecision("64-true", torch.float64)
-        case "bf16-true":
-            return TruePrecision("bf16-true", torch.bfloat16)
-        case "16-true":
-            return TruePrecision("16-true", torch.float16)
-        case "bf16-mixed":
-            return MixedPrecision("bf16-mixed", torch.bfloat16)
-        case "16-mixed":
-            return ScaledMixedPrecision(device)
-    if name in ELSEWHERE:
-        raise ConfigError("precision", name, f"a plugin that is not part of this version; one of {PRECISIONS}")
-    raise ConfigError("precision", name, f"one of {PRECISIONS}")
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -4,7 +4,7 @@ from trainkit.callbacks.base import Callback
 from trainkit.data.module import DataModule as LightningDataModule
 from trainkit.data.seed import seed_everything
 from trainkit.module import TrainModule as LightningModule
-from trainkit.pytorch import callbacks, loggers, strategies, utilities
+from trainkit.pytorch import callbacks, loggers, plugins, strategies, tuner, utilities
 from trainkit.trainer import Trainer
 
 __all__ = [
@@ -14,7 +14,9 @@ __all__ = [
     "Trainer",
     "callbacks",
     "loggers",
+    "plugins",
     "seed_everything",
     "strategies",
+    "tuner",
     "utilities",
 ]
