@@ -87,7 +87,7 @@ class Core:
     def step(self) -> None:
         plan = self.scheduler.plan_step()
         self.scheduler.finish_step(plan, self.runner.execute(plan))
-        self.outputs.process(self.scheduler.take_updates(), show=False)
+        self.outputs.process(self.scheduler.take_updates())
 
 
 def microseconds_of_a_step(rows: int, steps: int, *, final_only: bool) -> float:

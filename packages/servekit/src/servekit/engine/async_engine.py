@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ log = logging.getLogger("servekit.engine")
 STOP_LIMIT_S = 10.0
 ASK_LIMIT_S = 30.0
 SEND_LIMIT_S = 2.0  # a live process takes a message at once
+MOST_AT_ONCE = 32  # messages; then other tasks have their turn
+
+Listener = Callable[[RequestOutput | PlatformError], None]
 
 
 def rebuilt(about: dict[str, Any]) -> PlatformError:
@@ -60,12 +63,22 @@ class RequestStream:
     Args:
         prompt: its text, where it came as one.
         is_replayable: the caller can take its outputs from the start again, should the engine die in between.
+        listener: is called with all news at once, in place of the iteration.
     """
 
-    def __init__(self, engine: AsyncEngine, request: EngineRequest, prompt: str | None, *, is_replayable: bool) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        request: EngineRequest,
+        prompt: str | None,
+        *,
+        is_replayable: bool = False,
+        listener: Listener | None = None,
+    ) -> None:
         self.request = request
         self.prompt = prompt
         self.is_replayable = is_replayable
+        self.listener = listener
         self._has_begun = False
         self._engine = engine
         self._queue: asyncio.Queue[RequestOutput | PlatformError] = asyncio.Queue()
@@ -77,7 +90,10 @@ class RequestStream:
 
     def put(self, news: RequestOutput | PlatformError) -> None:
         self._has_begun = True
-        self._queue.put_nowait(news)
+        if self.listener is None:
+            self._queue.put_nowait(news)
+        else:
+            self.listener(news)
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
         return self
@@ -216,12 +232,15 @@ class AsyncEngine:
         params: SamplingParams,
         *,
         is_replayable: bool = False,
+        listener: Listener | None = None,
         **about: Any,
     ) -> RequestStream:
         """Check a request and send it to the engine.
 
         Args:
             is_replayable: the caller can take its outputs from the start again, should the engine die in between.
+            listener: is called with each output, or with the error that ends them, in place of the iteration: it must
+                not raise, nor wait. Outputs are live: see ``RequestTracker``.
             about: ``priority``, ``tenant``, ``cache_salt``, ``timeout_s``, ``add_special_tokens``, ``param``,
                 ``pooling``: as ``validate`` takes them.
 
@@ -236,9 +255,10 @@ class AsyncEngine:
             self._raise_if_dead()
         if request_id in self._streams:
             raise RequestError("request_id", request_id, "an id that is not in use", code="conflict")
-        stream = RequestStream(self, request, prompt if isinstance(prompt, str) else None, is_replayable=is_replayable)
+        text = prompt if isinstance(prompt, str) else None
+        stream = RequestStream(self, request, text, is_replayable=is_replayable, listener=listener)
         self._streams[request_id] = stream
-        self._outputs.add(request, stream.prompt)
+        self._outputs.add(request, stream.prompt, is_live=listener is not None)
         try:
             await self._send(m.Add(request))
         except EngineDead:
@@ -313,26 +333,37 @@ class AsyncEngine:
 
     async def _listen(self) -> None:
         while True:
-            message = await self._receive()
-            match message:
-                case m.News(updates):
-                    shown, ended = self._outputs.process(updates)
-                    for output in shown:
-                        self._pass_on(output)
-                    if ended:
-                        with contextlib.suppress(EngineDead):
-                            await self._send(m.Abort(ended))
-                case m.Refused(request_id, error):
-                    self._outputs.forget(request_id)
-                    stream = self._streams.pop(request_id, None)
-                    if stream:
-                        stream.put(rebuilt(error))
-                case m.Answer(number):
-                    future = self._answers.get(number)
-                    if future and not future.done():
-                        future.set_result(message)
-                case _:
-                    raise EngineDead(message=f"the engine said {type(message).__name__} out of turn")
+            messages = [await self._receive(), *self._waiting()]
+            updates = [update for message in messages if isinstance(message, m.News) for update in message.updates]
+            ended = self._outputs.process(updates, self._pass_on)
+            if ended:
+                with contextlib.suppress(EngineDead):
+                    await self._send(m.Abort(ended))
+            for message in messages:
+                self._heed(message)
+
+    def _waiting(self) -> Iterator[m.FromEngine]:
+        """What has come meanwhile: where this process is behind, several steps are taken in at once."""
+        socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket.underlying)
+        with contextlib.suppress(zmq.Again):
+            for _ in range(MOST_AT_ONCE):
+                yield m.decode_from_engine(socket.recv(zmq.NOBLOCK))
+
+    def _heed(self, message: m.FromEngine) -> None:
+        match message:
+            case m.News():
+                pass  # taken in already, with that of other steps
+            case m.Refused(request_id, error):
+                self._outputs.forget(request_id)
+                stream = self._streams.pop(request_id, None)
+                if stream:
+                    stream.put(rebuilt(error))
+            case m.Answer(number):
+                future = self._answers.get(number)
+                if future and not future.done():
+                    future.set_result(message)
+            case _:
+                raise EngineDead(message=f"the engine said {type(message).__name__} out of turn")
 
     def _pass_on(self, output: RequestOutput) -> None:
         stream = self._streams.get(output.request_id)
@@ -394,7 +425,7 @@ class AsyncEngine:
         self.dead = None
         log.warning("the engine was started again; %d requests begin again", len(self._streams))
         for stream in list(self._streams.values()):
-            self._outputs.add(stream.request, stream.prompt)
+            self._outputs.add(stream.request, stream.prompt, is_live=stream.listener is not None)
             with contextlib.suppress(EngineDead):  # it died again, which is noticed elsewhere
                 await self._send(m.Add(stream.request))
 

@@ -2,13 +2,62 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
+from typing import Protocol
 
+from servekit.engine.byte_level import TokenBytes
 from servekit.engine.tokenizer import REPLACEMENT, Tokenizer
 
+_utf8 = codecs.getincrementaldecoder("utf-8")
 
-class Detokenizer:
-    """Turns tokens into text piece by piece; the pieces joined are the text of all tokens.
+
+class Detokenizer(Protocol):
+    """Turns tokens into text piece by piece; the pieces joined are the text of all tokens."""
+
+    def add(self, token_id: int) -> str:
+        """The text that ``token_id`` completes; empty while a character is unfinished."""
+
+    def finish(self) -> str:
+        """What is left, an unfinished character as the replacement character."""
+
+
+def detokenizer_for(tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> Detokenizer:
+    """The fastest one that is right for ``tokenizer``."""
+    table = tokenizer.all_token_bytes(skip_special_tokens=skip_special_tokens)
+    if table is None:
+        return WindowDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+    return ByteDetokenizer(table)
+
+
+class ByteDetokenizer:
+    """Looks every token up; only parts of characters are decoded."""
+
+    def __init__(self, table: TokenBytes) -> None:
+        self._raw, self._texts = table.raw, table.texts
+        self._size = len(table.raw)
+        self._pending: codecs.IncrementalDecoder | None = None  # holds the beginning of a character
+
+    def add(self, token_id: int) -> str:
+        if token_id >= self._size:
+            return ""
+        if self._pending is None:
+            text = self._texts[token_id]
+            if text is not None:
+                return text
+            self._pending = _utf8("replace")
+        text = self._pending.decode(self._raw[token_id])
+        if not self._pending.getstate()[0]:
+            self._pending = None
+        return text
+
+    def finish(self) -> str:
+        pending, self._pending = self._pending, None
+        return pending.decode(b"", True) if pending else ""
+
+
+class WindowDetokenizer:
+    """For every tokenizer.
 
     A token's text may depend on the ones before it (spaces, bytes of one character), so the last few tokens are
     decoded again with each new one and the difference is what is new.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from servekit.core.plan import TokenLogprob
 from servekit.core.request import RequestEvent, RequestUpdate
-from servekit.engine.detokenizer import Detokenizer, StopStrings
+from servekit.engine.detokenizer import StopStrings, detokenizer_for
 from servekit.engine.tokenizer import Tokenizer
 from servekit.engine.tracing import RequestTracer
 from servekit.engine.validate import EngineRequest
@@ -58,18 +58,27 @@ class _Sequence:
         self.params = params
         wanted = params.logprobs is not None or request.num_sequences > params.n  # best_of chooses by them
         self.output = CompletionOutput(index, logprobs=[] if wanted else None)
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self.is_over = False  # its last update is being told, or has been
         self._stop = StopStrings(params.stop, include=params.include_stop_str_in_output)
         self._pieces: list[str] = []
         self._only_tokens = not params.detokenize and not wanted
+        if params.detokenize:
+            self._detokenizer = detokenizer_for(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self._is_plain = params.detokenize and not wanted and not params.stop
 
     def add(self, update: RequestUpdate) -> bool:
         """Take in new tokens; True where a stop string ends the answer before the core did."""
         output = self.output
-        output.delta_text, output.delta_token_ids, output.delta_logprobs = "", [], []
+        if self._is_plain and update.finish_reason is None:
+            add = self._detokenizer.add
+            for token in update.token_ids:
+                output.token_ids.append(token)
+                output.delta_token_ids.append(token)
+                output.delta_text += add(token)
+            return False
         if self._only_tokens:
             output.token_ids += update.token_ids
-            output.delta_token_ids = list(update.token_ids)
+            output.delta_token_ids += update.token_ids
             if update.finish_reason is None:
                 return False
         for index, token in enumerate(() if self._only_tokens else update.token_ids):
@@ -81,12 +90,20 @@ class _Sequence:
         if self._stop.found is None and update.finish_reason:
             output.finish_reason, output.stop_reason = update.finish_reason, update.stop_reason
             output.error = update.error
-            output.delta_text += self._stop.add(self._detokenizer.finish())
+            if self.params.detokenize:
+                output.delta_text += self._stop.add(self._detokenizer.finish())
             if self._stop.found is not None:
                 output.finish_reason, output.stop_reason = "stop", self._stop.found
             output.delta_text += self._stop.finish()
-        self._pieces.append(output.delta_text)
         return stopped
+
+    def settle(self) -> None:
+        """What was added has been told: the next update begins anew."""
+        output = self.output
+        self._pieces.append(output.delta_text)
+        output.delta_text, output.delta_token_ids = "", []
+        if output.delta_logprobs:
+            output.delta_logprobs = []
 
     def _add_token(self, token: int, logprob: TokenLogprob | None) -> None:
         output = self.output
@@ -105,7 +122,7 @@ class _Sequence:
         made = self.output
         return CompletionOutput(
             made.index,
-            "".join(self._pieces),
+            "".join(self._pieces) + made.delta_text,
             list(made.token_ids),
             None if made.logprobs is None else list(made.logprobs),
             made.finish_reason,
@@ -118,9 +135,16 @@ class _Sequence:
 
 
 class RequestTracker:
-    """One request's answers, from its first token to its last."""
+    """One request's answers, from its first token to its last.
 
-    def __init__(self, request: EngineRequest, prompt: str | None, tokenizer: Tokenizer) -> None:
+    Args:
+        is_live: what is shown is the answers themselves, for whoever reads them at once: without ``text``, and nothing
+            is copied.
+    """
+
+    def __init__(
+        self, request: EngineRequest, prompt: str | None, tokenizer: Tokenizer, *, is_live: bool = False
+    ) -> None:
         self.request = request
         self.prompt = prompt
         self.sequences = [_Sequence(i, request, tokenizer) for i in range(request.num_sequences)]
@@ -128,10 +152,11 @@ class RequestTracker:
         self._cached = 0
         self._events: list[RequestEvent] = []
         self._pooled: list[Any] = []
+        self._live = self._output([]) if is_live and not self._picks_best else None
 
     @property
     def finished(self) -> bool:
-        return all(sequence.output.finish_reason is not None for sequence in self.sequences)
+        return all(sequence.is_over for sequence in self.sequences)
 
     @property
     def _picks_best(self) -> bool:
@@ -150,6 +175,15 @@ class RequestTracker:
 
     def shown(self, sequence: _Sequence) -> RequestOutput | None:
         """What a caller sees after news of ``sequence``; nothing before the end where the best are picked."""
+        live = self._live
+        if live is not None:
+            live.outputs = [sequence.output]
+            if sequence.is_over:
+                live.finished = self.finished
+            if self._events:
+                live.num_cached_tokens, live.events, live.pooled = self._cached, self._events, self._pooled
+                live.prompt_logprobs = self._wanted_prompt_logprobs()
+            return live
         if not self._picks_best:
             return self._output([sequence.snapshot()])
         return self._output([best.snapshot() for best in self._best()]) if self.finished else None
@@ -161,18 +195,20 @@ class RequestTracker:
         return ranked
 
     def _output(self, outputs: list[CompletionOutput]) -> RequestOutput:
-        wanted = self.request.sampling.prompt_logprobs is not None
         return RequestOutput(
             self.request.request_id,
             self.prompt,
             self.request.prompt_token_ids,
             outputs,
             self.finished,
-            (self._prompt_logprobs or []) if wanted else None,
+            self._wanted_prompt_logprobs(),
             self._cached,
             list(self._events),
             self._pooled,
         )
+
+    def _wanted_prompt_logprobs(self) -> list[TokenLogprob] | None:
+        return None if self.request.sampling.prompt_logprobs is None else self._prompt_logprobs or []
 
     def trace(self, tracer: RequestTracer) -> None:
         """Tell ``tracer`` how the request went; answers that nobody waited for were aborted."""
@@ -199,8 +235,8 @@ class OutputProcessor:
         self.trackers: dict[str, RequestTracker] = {}
         self._sequences: dict[str, tuple[RequestTracker, _Sequence]] = {}  # by the core's ids, as long as they run
 
-    def add(self, request: EngineRequest, prompt: str | None) -> RequestTracker:
-        tracker = RequestTracker(request, prompt, self._tokenizer)
+    def add(self, request: EngineRequest, prompt: str | None, *, is_live: bool = False) -> RequestTracker:
+        tracker = RequestTracker(request, prompt, self._tokenizer, is_live=is_live)
         self.trackers[request.request_id] = tracker
         for index, sequence in enumerate(tracker.sequences):
             self._sequences[request.child_id(index)] = (tracker, sequence)
@@ -224,29 +260,37 @@ class OutputProcessor:
         self.trackers.clear()
         self._sequences.clear()
 
-    def process(self, updates: Sequence[RequestUpdate], *, show: bool = True) -> tuple[list[RequestOutput], list[str]]:
-        """What to show, and the ids of sequences that a stop string ended.
+    def process(
+        self, updates: Sequence[RequestUpdate], look: Callable[[RequestOutput], None] | None = None
+    ) -> list[str]:
+        """Take in what came, and return the ids of sequences that a stop string ended.
 
-        News of forgotten requests are dropped, and those of sequences that went on for a step after a stop string.
+        Updates of one sequence become one output. News of forgotten requests are dropped, and those of sequences that
+        went on for a step after a stop string.
 
         Args:
-            show: False where nobody looks before the end.
+            look: is shown each sequence that moved; None where nobody looks before the end.
         """
-        shown: list[RequestOutput] = []
         ended: list[str] = []
+        moved: dict[str, tuple[RequestTracker, _Sequence]] = {}
         for update in updates:
             found = self._sequences.get(update.request_id)
-            if found is None:
+            if found is None or found[1].output.finish_reason is not None:
                 continue
-            tracker, sequence = found
-            if tracker.add(sequence, update):
+            moved[update.request_id] = found
+            if found[0].add(found[1], update):
                 ended.append(update.request_id)
-            output = tracker.shown(sequence) if show else None
-            if output is not None:
-                shown.append(output)
-            if sequence.output.finish_reason is not None:
-                del self._sequences[update.request_id]
-                if tracker.finished:
-                    del self.trackers[tracker.request.request_id]
-                    self._trace(tracker)
-        return shown, ended
+        for sequence_id, (tracker, sequence) in moved.items():
+            sequence.is_over = sequence.output.finish_reason is not None
+            output = tracker.shown(sequence) if look is not None else None
+            if look is not None and output is not None:
+                look(output)
+            sequence.settle()
+            if sequence.is_over:
+                self._end(sequence_id, tracker)
+        return ended
+
+    def _end(self, sequence_id: str, tracker: RequestTracker) -> None:
+        if self._sequences.pop(sequence_id, None) is not None and tracker.finished:
+            self.trackers.pop(tracker.request.request_id, None)
+            self._trace(tracker)

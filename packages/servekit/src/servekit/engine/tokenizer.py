@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from common_platform.artifact import ModelFolder, open_model_folder
 from common_platform.errors import ArtifactFormatError, ArtifactMissing
+from servekit.engine.byte_level import BYTE_OF, TokenBytes
 from servekit.engine.chat_template import (
     FILE,
     compiled,
@@ -47,6 +48,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._template = self._compile(folder)
+        self._token_bytes: dict[bool, TokenBytes | None] = {}
 
     @classmethod
     def from_folder(cls, folder: ModelFolder | str | Path) -> Tokenizer:
@@ -87,9 +89,16 @@ class Tokenizer:
         piece = self._tokenizer.id_to_token(token_id) or ""
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):  # byte fallback
             return [int(piece[3:5], 16)]
-        if all(char in _BYTE_OF for char in piece):
-            return [_BYTE_OF[char] for char in piece]
+        if all(char in BYTE_OF for char in piece):
+            return [BYTE_OF[char] for char in piece]
         return list(text.encode())
+
+    def all_token_bytes(self, *, skip_special_tokens: bool) -> TokenBytes | None:
+        """What each token adds to a text; None where that depends on the tokens around it."""
+        if skip_special_tokens not in self._token_bytes:
+            made = TokenBytes.of(self._tokenizer, skip_special_tokens=skip_special_tokens)
+            self._token_bytes[skip_special_tokens] = made
+        return self._token_bytes[skip_special_tokens]
 
     # --- chats ---
 
@@ -132,13 +141,3 @@ class Tokenizer:
             return self._template.render(shown)
         except Exception as error:  # a template may raise anything
             raise refused(error) from error
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes as (Radford et al. 2019)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from common_platform.errors import PlatformError, RequestError
@@ -19,6 +20,7 @@ from servekit.server.metrics import Metrics, RequestRecord
 from servekit.server.protocol import GenerationRequest, Prompt
 from servekit.server.structured import renamed
 
+Hear = Callable[[int, RequestOutput | PlatformError], None]
 LONG_TEXT = 8192  # characters; longer prompts are tokenized beside the event loop
 
 
@@ -47,8 +49,12 @@ class Generation:
         self._streams: list[RequestStream] = []
         self._engine_ids: list[str] = []
 
-    async def open(self, job: Job, caller: Caller) -> None:
+    async def open(self, job: Job, caller: Caller, hear: Hear | None = None) -> None:
         """Send all prompts to the engine, or none.
+
+        Args:
+            hear: is called with the index of the prompt and each output of it, or the error that ends it, in place of
+                ``outputs()``: at once, so it must not raise or wait.
 
         Raises:
             RequestError: one of them cannot be served; Overloaded, EngineDead: nothing can now.
@@ -59,7 +65,7 @@ class Generation:
             self._budgets.enter(caller.tenant)
             self._entered = caller.tenant
             for index, prompt in enumerate(job.prompts):
-                self._streams.append(await self._add(job, index, prompt, caller))
+                self._streams.append(await self._add(job, index, prompt, caller, hear))
         except PlatformError as error:
             self._metrics.refused[error.code] += 1
             await self.close()
@@ -70,7 +76,7 @@ class Generation:
             await self.close()
             raise
 
-    async def _add(self, job: Job, index: int, prompt: Prompt, caller: Caller) -> RequestStream:
+    async def _add(self, job: Job, index: int, prompt: Prompt, caller: Caller, hear: Hear | None) -> RequestStream:
         record = self._metrics.record()
         add_special_tokens = job.add_special_tokens
         if isinstance(prompt, str) and self._is_long(prompt):
@@ -91,9 +97,20 @@ class Generation:
             param=job.param_of[index],
             pooling=job.request.pooling,
             is_replayable=not job.request.stream,
+            listener=None if hear is None else partial(self._heard, hear, index, record),
         )
         self._records.append(record)
         return stream
+
+    def _heard(self, hear: Hear, index: int, record: RequestRecord, news: RequestOutput | PlatformError) -> None:
+        if isinstance(news, RequestOutput):
+            record.saw(news)
+            failure = _failure_of(news)
+            if failure is not None:
+                news = failure
+        if isinstance(news, PlatformError):
+            self._failure = news.code
+        hear(index, news)
 
     def _is_long(self, prompt: str) -> bool:
         return LONG_TEXT < len(prompt) <= self._engine.facts.max_model_len * MAX_CHARS_PER_TOKEN
@@ -171,13 +188,20 @@ async def _merged(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, 
 
 
 def _proper(output: RequestOutput) -> RequestOutput:
-    """Raise PlatformError where a choice failed: half an answer is none."""
+    failure = _failure_of(output)
+    if failure is not None:
+        raise failure
+    return output
+
+
+def _failure_of(output: RequestOutput) -> PlatformError | None:
+    """Why a choice failed: half an answer is none."""
     for choice in output.outputs:
         if choice.finish_reason == "error":
-            raise PlatformError(message=f"request {output.request_id}: {choice.error}", code="internal_error")
+            return PlatformError(message=f"request {output.request_id}: {choice.error}", code="internal_error")
         if choice.finish_reason == "timeout":
-            raise RequestError("timeout", "its end", "an answer in time", code="request_timeout", status=408)
-    return output
+            return RequestError("timeout", "its end", "an answer in time", code="request_timeout", status=408)
+    return None
 
 
 def salt_of(tenant: str, cache_salt: str) -> str:

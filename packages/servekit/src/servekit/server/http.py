@@ -18,6 +18,25 @@ NO_HTTP = "the request: not HTTP/1.1 as this server reads it"
 GRACE_S = 1.0  # for the answer 408 to leave before the connection is cut
 
 
+class ChunkWriter:
+    """Parts of an answer whose headers have been sent, given to the socket at once: between two calls of ``send``."""
+
+    __slots__ = ("_cycle", "_write")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._write = cycle.transport.write
+
+    @property
+    def can_write(self) -> bool:
+        """False while the caller reads too slowly, and where it has gone."""
+        cycle = self._cycle
+        return bool(cycle.chunked_encoding) and not (cycle.flow.write_paused or cycle.disconnected)
+
+    def write(self, data: bytes) -> None:
+        self._write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
 def protocol_class(limits: ServerLimits) -> type[HttpToolsProtocol]:
     """uvicorn makes one object of it a connection."""
 
@@ -74,8 +93,11 @@ def protocol_class(limits: ServerLimits) -> type[HttpToolsProtocol]:
             self._in_headers = False
             self._header_bytes = 0
             self._set_deadline(limits.body_timeout_s + GRACE_S)
-            self.scope["state"]["abort_connection"] = self.transport.abort
             super().on_headers_complete()
+            state = self.scope["state"]
+            state["abort_connection"] = self.transport.abort
+            if self.cycle is not None and self.cycle.scope is self.scope:
+                state["chunk_writer"] = ChunkWriter(self.cycle)
 
         def on_message_complete(self) -> None:
             self._in_headers = True

@@ -29,7 +29,7 @@ CHOICES = (1, 2, 5, 10, 20)
 
 HISTOGRAMS = {
     "time_to_first_token_seconds": (LATENCY_S, "Seconds from a request's arrival to its first token."),
-    "inter_token_latency_seconds": (LATENCY_S, "Seconds between two outputs of a sequence."),
+    "inter_token_latency_seconds": (LATENCY_S, "Seconds between two tokens of a sequence; tokens that came together share theirs."),
     "e2e_request_latency_seconds": (DURATION_S, "Seconds from a request's arrival to its end."),
     "request_queue_time_seconds": (DURATION_S, "Seconds a request waited for its first step."),
     "request_prefill_time_seconds": (DURATION_S, "Seconds from a request's first step to its first token."),
@@ -63,9 +63,9 @@ class Histogram:
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
 
     def family(self, name: str, about: str, model: str) -> Metric:
         below, buckets = 0, []
@@ -168,18 +168,21 @@ class RequestRecord:
             if new:
                 self.num_generated_tokens += new
                 metrics.generation_tokens += new
-                self._token_came(choice.index, now)
+                self._tokens_came(choice.index, new, now)
             if choice.finish_reason is not None and choice.index not in self._ended:
                 self._ended.add(choice.index)
                 self._choice_ended(choice, now)
         if output.finished:
             self._phases(output)
 
-    def _token_came(self, index: int, now: float) -> None:
+    def _tokens_came(self, index: int, count: int, now: float) -> None:
+        between = self._metrics.histograms["inter_token_latency_seconds"]
         last = self._last.get(index)
         if last is not None:
-            self._metrics.histograms["inter_token_latency_seconds"].observe(now - last)
-        elif not self._last:
+            between.observe((now - last) / count, count)
+        else:
+            between.observe(0.0, count - 1)
+        if not self._last:
             self._metrics.histograms["time_to_first_token_seconds"].observe(now - self._arrived)
         self._last[index] = now
 

@@ -13,7 +13,7 @@ from servekit.engine.tokenizer import Tokenizer
 from servekit.server.caller import Caller
 from servekit.server.chat import ChatRequest
 from servekit.server.formats import Usage
-from servekit.server.generation import Generation, Job
+from servekit.server.generation import Generation, Hear, Job
 from servekit.server.parsers.base import Delta
 from servekit.server.parsers.registry import Pipeline
 
@@ -89,12 +89,22 @@ class Turn:
         try:
             await self._generation.open(self._job, caller)
             async for prompt, output in self._generation.outputs():
-                self.output = output
-                self.usage.add(prompt, output)
-                for choice in output.outputs:
-                    yield self._piece(choice)
+                for piece in self.take(prompt, output):
+                    yield piece
         finally:
             await self._generation.close()
+
+    async def open(self, caller: Caller, hear: Hear) -> None:
+        """Begin, for one who is told of every output and hands it to ``take``; ``close`` ends it."""
+        await self._generation.open(self._job, caller, hear)
+
+    def take(self, prompt: int, output: RequestOutput) -> list[Piece]:
+        self.output = output
+        self.usage.add(prompt, output)
+        return [self._piece(choice) for choice in output.outputs]
+
+    async def close(self) -> None:
+        await self._generation.close()
 
     async def whole(self, caller: Caller) -> list[Answer]:
         """The answers, once all have ended."""

@@ -35,6 +35,11 @@ class Delta:
     def __bool__(self) -> bool:
         return bool(self.content or self.reasoning or self.calls)
 
+    @property
+    def is_content(self) -> bool:
+        """Whether it is nothing but content."""
+        return not (self.reasoning or self.calls)
+
     def add(self, other: Delta) -> None:
         self.content += other.content
         self.reasoning += other.reasoning

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from servekit.core.plan import TokenLogprob
+from servekit.engine.output import RequestOutput
 from servekit.server.body import read_json
 from servekit.server.caller import Caller, caller_of
 from servekit.server.chat import ChatRequest, read_chat
 from servekit.server.errors import json_response
 from servekit.server.formats import Envelope, chat_logprobs, prompt_logprobs
-from servekit.server.parsers.base import CallDelta
+from servekit.server.generation import Hear
+from servekit.server.live import LiveStream, TextEvent
+from servekit.server.parsers.base import CallDelta, Delta
 from servekit.server.state import ServerState, state_for_work
-from servekit.server.streaming import EventStream, event, while_connected
+from servekit.server.streaming import event, while_connected
 from servekit.server.turn import Answer, Piece, Turn, tool_call
 
 router = APIRouter()
@@ -28,7 +31,7 @@ async def chat_completions(request: Request) -> Response:
     asked = read_chat(state.door, state.chat_model, body, state.chat_checks)
     answer = _ChatAnswer(state, asked, await state.turn(asked), caller_of(request))
     if asked.stream:
-        return EventStream(answer.events(), state.config.limits.stream_stall_s)
+        return LiveStream(answer, state.admission.stream(), state.config.limits.stream_stall_s)
     return json_response(await while_connected(request.receive, answer.whole()))
 
 
@@ -43,6 +46,8 @@ class _ChatAnswer:
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
         self._envelope = Envelope(f"chatcmpl-{caller.request_id[4:]}", kind, asked.model)
         self._begun: set[int] = set()  # choices whose role has been sent
+        self._simple: dict[int, TextEvent] = {}  # by choice
+        self.is_whole = False
 
     async def whole(self) -> dict[str, Any]:
         answers = await self._turn.whole(self._caller)
@@ -59,17 +64,36 @@ class _ChatAnswer:
             about["prompt_logprobs"] = prompt_logprobs(entries, self._state.engine.tokenizer, num_top)
         return about
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        with self._state.admission.stream():
-            pieces = self._turn.pieces(self._caller)
-            try:
-                async for piece in pieces:
-                    for chunk in self._chunks(piece):
-                        yield event(self._envelope([chunk], **self._running_usage()))
-                if self._asked.include_usage:
-                    yield event(self._envelope([], usage=self._turn.usage.to_json()))
-            finally:
-                await pieces.aclose()
+    async def open(self, hear: Hear) -> None:
+        await self._turn.open(self._caller, hear)
+
+    def take(self, prompt: int, output: RequestOutput) -> bytes:
+        self.is_whole = output.finished
+        return b"".join([self._event(piece) for piece in self._turn.take(prompt, output)])
+
+    def _event(self, piece: Piece) -> bytes:
+        simple = self._simple.get(piece.index)
+        if simple is not None and piece.delta.is_content and piece.finish_reason is None:
+            return simple(piece.delta.content) if piece.delta.content else b""
+        if simple is None and self._is_simple:
+            self._simple[piece.index] = TextEvent(partial(self._content_chunk, piece.index))
+        return b"".join([event(self._envelope([c], **self._running_usage())) for c in self._chunks(piece)])
+
+    @property
+    def _is_simple(self) -> bool:
+        """Whether a piece of content is nothing but its text."""
+        asked = self._asked
+        return not (asked.params.logprobs is not None or asked.return_token_ids or asked.continuous_usage)
+
+    def _content_chunk(self, index: int, text: str) -> dict[str, Any]:
+        piece = Piece(index, Delta(content=text), [], [])
+        return self._envelope([self._choice(index, {"delta": self._delta(piece)}, piece)], **self._running_usage())
+
+    def last(self) -> bytes:
+        return event(self._envelope([], usage=self._turn.usage.to_json())) if self._asked.include_usage else b""
+
+    async def close(self) -> None:
+        await self._turn.close()
 
     def _running_usage(self) -> dict[str, Any]:
         if self._asked.continuous_usage:

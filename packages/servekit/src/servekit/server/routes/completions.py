@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +14,12 @@ from servekit.server.caller import Caller, caller_of
 from servekit.server.completions import read_completion
 from servekit.server.errors import json_response
 from servekit.server.formats import CompletionLogprobs, Envelope, Usage, joined, prompt_logprobs
-from servekit.server.generation import Job
+from servekit.server.generation import Generation, Hear, Job
 from servekit.server.infill import Infill
+from servekit.server.live import LiveStream, TextEvent
 from servekit.server.protocol import CompletionRequest
 from servekit.server.state import ServerState, state_for_work
-from servekit.server.streaming import EventStream, event, while_connected
+from servekit.server.streaming import event, while_connected
 
 router = APIRouter()
 
@@ -33,7 +33,7 @@ async def completions(request: Request) -> Response:
         asked = await asyncio.to_thread(_between, state.infill, asked)
     answer = _Answer(state, asked, caller_of(request))
     if asked.stream:
-        return EventStream(answer.events(), state.config.limits.stream_stall_s)
+        return LiveStream(answer, state.admission.stream(), state.config.limits.stream_stall_s)
     return json_response(await while_connected(request.receive, answer.whole()))
 
 
@@ -53,6 +53,9 @@ class _Answer:
         self._usage = Usage()
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice
         self._begun: set[int] = set()  # choices whose prompt has been echoed
+        self._simple: dict[int, TextEvent] = {}  # by choice
+        self._generation: Generation | None = None
+        self._num_running = 0  # prompts
 
     def _job(self) -> Job:
         asked = self._asked
@@ -73,21 +76,43 @@ class _Answer:
         choices = [self._whole_choice(index, *latest[index]) for index in sorted(latest)]
         return self._envelope(choices, usage=self._usage.to_json())
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        generation = self._state.generation()
-        with self._state.admission.stream():
-            try:
-                await generation.open(self._job(), self._caller)
-                async for prompt, output in generation.outputs():
-                    self._usage.add(prompt, output)
-                    for choice in output.outputs:
-                        chunk = self._chunk(self._index(prompt, choice), output, choice)
-                        if chunk is not None:
-                            yield event(self._envelope([chunk], **self._running_usage()))
-                if self._asked.include_usage:
-                    yield event(self._envelope([], usage=self._usage.to_json()))
-            finally:
-                await generation.close()
+    async def open(self, hear: Hear) -> None:
+        self._generation = self._state.generation()
+        self._num_running = len(self._asked.prompts)
+        await self._generation.open(self._job(), self._caller, hear)
+
+    def take(self, prompt: int, output: RequestOutput) -> bytes:
+        self._num_running -= output.finished
+        return b"".join([self._event(self._index(prompt, choice), prompt, output, choice) for choice in output.outputs])
+
+    def _event(self, index: int, prompt: int, output: RequestOutput, choice: CompletionOutput) -> bytes:
+        simple = self._simple.get(index)
+        if simple is not None and choice.finish_reason is None:
+            return simple(choice.delta_text) if choice.delta_text else b""
+        self._usage.add(prompt, output)
+        chunk = self._chunk(index, output, choice)
+        if chunk is None:
+            return b""
+        if not (
+            self._asked.params.logprobs is not None or self._asked.return_token_ids or self._asked.continuous_usage
+        ):
+            self._simple[index] = self._simple_event(chunk)
+        return event(self._envelope([chunk], **self._running_usage()))
+
+    def _simple_event(self, chunk: dict[str, Any]) -> TextEvent:
+        """What follows ``chunk``, up to the end: nothing but text."""
+        return TextEvent(lambda text: self._envelope([chunk | {"text": text}], **self._running_usage()))
+
+    @property
+    def is_whole(self) -> bool:
+        return self._num_running == 0
+
+    def last(self) -> bytes:
+        return event(self._envelope([], usage=self._usage.to_json())) if self._asked.include_usage else b""
+
+    async def close(self) -> None:
+        if self._generation is not None:
+            await self._generation.close()
 
     def _index(self, prompt: int, choice: CompletionOutput) -> int:
         return prompt * self._asked.params.n + choice.index
