@@ -150,7 +150,7 @@ def bench(session: nox.Session) -> None:
     chosen = [arg for arg in session.posargs if arg.endswith(".py")]
     flags = [arg for arg in session.posargs if not arg.endswith(".py")] or ["--quick"]
     scripts = chosen or sorted(
-        str(p) for p in Path("benchmarks").glob("*.py") if p.stem not in ("common", "make_peers")
+        str(p) for p in Path("benchmarks").glob("*.py") if p.stem not in ("common", "make_peers", "streams")
     )
     for script in scripts:
         session.run("python", script, *flags)

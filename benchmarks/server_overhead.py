@@ -7,10 +7,8 @@ tokens over a connection of its own. Server CPU is that of all its processes. vL
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -29,12 +27,13 @@ import torch
 from common import Report, arguments, interleaved
 from common_platform.embedded import smollm2
 from make_peers import PEERS, python_of
+from streams import ask_all, post
 
 STREAMS = (1, 16, 64, 128)
 TOKENS = 128
 START_LIMIT_S = 300.0
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-FIGURES = ("tokens_s", "cpu_us_a_token", "first_token_ms")
+FIGURES = ("tokens_s", "cpu_us_a_token", "first_token_ms", "client_cpu_us_a_token", "arrivals_a_token")
 
 
 def make_tiny(folder: Path) -> Path:
@@ -93,14 +92,20 @@ class Server:
     def run(self, streams: int) -> dict[str, float]:
         """All figures of one round."""
         self._turn += 1
-        before, start = self._cpu_s(), time.perf_counter()
-        firsts = asyncio.run(_ask(self.port, streams, self._turn))
-        taken, cpu = time.perf_counter() - start, self._cpu_s() - before
-        tokens = streams * TOKENS
+        requests = _requests(streams, self._turn)
+        before, client, start = self._cpu_s(), time.process_time(), time.perf_counter()
+        answers = ask_all(self.port, requests)
+        taken, client = time.perf_counter() - start, time.process_time() - client
+        cpu, tokens = self._cpu_s() - before, streams * TOKENS
+        for answer in answers:
+            if not answer.is_whole or answer.num_tokens != TOKENS:
+                raise RuntimeError(f"a stream was not whole: {answer.tail[-200:]!r}")
         return {
             "tokens_s": tokens / taken,
             "cpu_us_a_token": cpu / tokens * 1e6,
-            "first_token_ms": median(firsts) * 1e3,
+            "first_token_ms": median(answer.first_s for answer in answers) * 1e3,
+            "client_cpu_us_a_token": client / tokens * 1e6,
+            "arrivals_a_token": sum(answer.num_arrivals for answer in answers) / tokens,
         }
 
     def _cpu_s(self) -> float:
@@ -134,28 +139,10 @@ class Server:
             self._process.wait(20)
 
 
-async def _ask(port: int, streams: int, turn: int) -> list[float]:
-    return list(await asyncio.gather(*[_stream(port, f"{turn} words of number {i}") for i in range(streams)]))
-
-
-async def _stream(port: int, prompt: str) -> float:
-    """Seconds to the first token; raises unless the stream was whole."""
-    asked = {"model": "tiny", "prompt": prompt, "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
-    body = json.dumps(asked | {"temperature": 0, "stream_options": {"include_usage": True}}).encode()
-    start = time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    writer.write(f"{head}\r\nConnection: close\r\n\r\n".encode() + body)
-    first, data = 0.0, bytearray()
-    while piece := await reader.read(65536):
-        data += piece
-        if not first and b"data:" in data:
-            first = time.perf_counter() - start
-    writer.close()
-    used = re.search(rb'"completion_tokens":\s*(\d+)', data)
-    if b"[DONE]" not in data or used is None or int(used[1]) != TOKENS:
-        raise RuntimeError(f"a stream was not whole: {bytes(data[-200:])!r}")
-    return first
+def _requests(streams: int, turn: int) -> list[bytes]:
+    asked = {"model": "tiny", "max_tokens": TOKENS, "ignore_eos": True, "stream": True, "temperature": 0}
+    asked |= {"stream_options": {"include_usage": True}}
+    return [post("/v1/completions", asked | {"prompt": f"{turn} words of number {i}"}) for i in range(streams)]
 
 
 def start_ours(folder: Path) -> Server:

@@ -16,6 +16,7 @@ import click
 from common_platform.errors import PlatformError, exit_code
 from common_platform.logging import configure
 from servekit import __version__, settings
+from servekit.bench.command import make_bench
 from servekit.engine.config import EngineConfig
 from servekit.execution.proposer import SpeculativeConfig
 from servekit.sampling.parameters import SamplingParams
@@ -429,6 +430,9 @@ def fit(profile: Path, out: Path | None) -> int:
 
     click.echo(fit_profile(profile, out))
     return 0
+
+
+cli.add_command(make_bench(engine_options))
 
 
 @cli.command(name="run-batch")
