@@ -18,7 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 
-def make_bench(engine_options: Callable[[Command], Command]) -> click.Group:
+def make_bench(engine_options: Callable[[Any], Any]) -> click.Group:
     """The group of commands.
 
     Args:

@@ -16,7 +16,7 @@ DATASETS = ("random", "sharegpt", "custom")
 WORDS = (
     "the of and to in is was for on that with as it be are this from at which or by not have an they one all were we "
     "when there can more if no out so up about into them then some could time other than been its who now people may"
-).split()
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ def asks_of(workload: Workload, tokenizer: Tokenizer | None) -> list[Ask]:
 
 def _random(workload: Workload, tokenizer: Tokenizer | None, chance: random.Random) -> Ask:
     num_input = _drawn(workload.input_len, workload.range_ratio, chance)
-    text = " ".join(chance.choices(WORDS, k=num_input))
+    text = " ".join(chance.choices(WORDS.split(), k=num_input))
     if tokenizer is not None:
         text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)[:num_input])
     return Ask(text, _drawn(workload.output_len or 128, workload.range_ratio, chance))
@@ -96,7 +96,9 @@ def _read(workload: Workload) -> Iterator[Ask]:
         text = path.read_text(encoding="utf-8")
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
     except (OSError, ValueError) as error:
-        raise ConfigError("dataset_path", str(path), f"a JSON or JSON Lines file: {error}", flag="--dataset-path") from error
+        raise ConfigError(
+            "dataset_path", str(path), f"a JSON or JSON Lines file: {error}", flag="--dataset-path"
+        ) from error
     for row in rows:
         ask = _ask(row, workload) if isinstance(row, dict) else None
         if ask is not None:

@@ -29,7 +29,10 @@ CHOICES = (1, 2, 5, 10, 20)
 
 HISTOGRAMS = {
     "time_to_first_token_seconds": (LATENCY_S, "Seconds from a request's arrival to its first token."),
-    "inter_token_latency_seconds": (LATENCY_S, "Seconds between two tokens of a sequence; tokens that came together share theirs."),
+    "inter_token_latency_seconds": (
+        LATENCY_S,
+        "Seconds between two tokens of a sequence; tokens that came together share theirs.",
+    ),
     "e2e_request_latency_seconds": (DURATION_S, "Seconds from a request's arrival to its end."),
     "request_queue_time_seconds": (DURATION_S, "Seconds a request waited for its first step."),
     "request_prefill_time_seconds": (DURATION_S, "Seconds from a request's first step to its first token."),
