@@ -87,6 +87,23 @@ def test_agrees_with_the_loss_that_chunks_tokens(implementation):
 
 
 @pytest.mark.parametrize("implementation", [HERE])
+def test_the_loss_of_language_models_takes_it_where_triton_runs(implementation, monkeypatch):
+    from trainkit.lm import loss
+
+    hidden, weight, targets = make(20, 16, 50, torch.float32)
+    targets = targets.clamp_min(0)
+    head = torch.nn.Linear(16, 50, bias=False, device=DEVICE)
+    head.weight.data.copy_(weight)
+    calls = []
+    monkeypatch.setattr(loss, "linear_cross_entropy", lambda *given: calls.append(1) or linear_cross_entropy(*given))
+    found = loss.chunked_cross_entropy(hidden, targets, head)
+    assert len(calls) == (implementation == "triton")
+    found.backward()
+    want = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", [HERE])
 def test_all_ignored_is_zero_with_zero_gradients(implementation):
     hidden, weight, targets = make(4, 8, 30, torch.float32)
     hidden.requires_grad_(), weight.requires_grad_()

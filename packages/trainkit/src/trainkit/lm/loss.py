@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+
+from trainkit.kernels.choice import TRITON, backend_of
+from trainkit.kernels.linear_cross_entropy import linear_cross_entropy
 
 ROWS = 64  # tokens whose logits are worked on at a time: what a cache holds
 
@@ -27,11 +30,14 @@ def chunked_cross_entropy(
 
     Memory: ``chunk x vocab`` instead of ``tokens x vocab``, in both passes. A linear head without a bias makes its
     gradients in the forward pass, while its logits are there; any other head computes them again in the backward pass.
+    On a GPU a linear head is cut along the vocabulary instead: ``trainkit.kernels.linear_cross_entropy``.
     """
     if not torch.is_grad_enabled():
         parts = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
         losses = [_part(head, states, wanted) for states, wanted in parts]
         return torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
+    if backend_of(hidden.device, hidden.dtype) == TRITON and _is_linear(head):
+        return linear_cross_entropy(hidden, head.weight, targets)
     if isinstance(head, nn.Linear) and _is_plain(head, hidden.device.type):
         found: Tensor = _LinearCrossEntropy.apply(hidden, head.weight, targets, chunk)  # type: ignore[no-untyped-call]
         return found
@@ -51,9 +57,15 @@ def chunked_logprobs(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], T
     return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
 
 
+def _is_linear(head: Callable[[Tensor], Tensor]) -> TypeGuard[nn.Linear]:
+    """Whether the head is its weight and nothing else."""
+    if type(head) is not nn.Linear:
+        return False
+    return head.bias is None and not head._forward_hooks and not head._forward_pre_hooks
+
+
 def _is_plain(head: nn.Linear, device_type: str) -> bool:
-    hooked = head._forward_hooks or head._forward_pre_hooks
-    return type(head) is nn.Linear and head.bias is None and not hooked and not torch.is_autocast_enabled(device_type)
+    return _is_linear(head) and not torch.is_autocast_enabled(device_type)
 
 
 def _part(head: Callable[[Tensor], Tensor], states: Tensor, wanted: Tensor, reduction: str = "sum") -> Tensor:
