@@ -57,6 +57,14 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, words: list[str], caps
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_all_hosts_at_once_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, "allowed_media_domains: ['*']\n")  # cfg-007
+    assert _run(["serve", "no-such-model", "--config", str(path)]) == 3
+    told = capsys.readouterr().err
+    assert "allowed_media_domains" in told
+    assert "*" in told
+
+
 def test_a_file_that_is_too_large_is_not_parsed(tmp_path: Path) -> None:  # cfg-011
     bomb = "a: &a [x, x, x, x]\n" + "".join(f"b{i}: [*a, *a, *a, *a]\n" for i in range(100_000))
     for text in (bomb, bomb[:1000]):

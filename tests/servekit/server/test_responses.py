@@ -170,7 +170,7 @@ def body(**changes: Any) -> dict[str, Any]:
     return {"model": "M", "input": "hi", "max_output_tokens": 4} | changes
 
 
-PART = {"type": "input_image", "image_url": "http://x"}
+PART = {"type": "input_image", "image_url": "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAACAkwBADs="}
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"input": []}, "out_of_range", "input"),
     ({"input": 5}, "invalid_type", "input"),

@@ -9,14 +9,18 @@ import pytest
 from tests.servekit.server.rows import ROWS
 
 TESTS = Path(__file__).parents[1]
-NUM_ROWS = {"srv": 193, "grm": 26, "cli": 23, "cfg": 14}
+NUM_ROWS = {"srv": 193, "grm": 26, "cli": 23, "cfg": 14, "med": 42}
 EMBEDS = "prompt embeddings are not taken; srv-058 tests the refusal"
 ADAPTERS = "there are no adapters yet"
 PARALLEL = "there is no tensor parallelism yet"
 TRANSFER = "there is no KV transfer yet"
 ROUTER = "there is no router yet"
 TRAINER = "is of trainkit"
+SIGHT = "no model here can see or hear; what it is sent is refused by test_images"
+FETCH = "nothing is fetched, and no file is opened, for a model that cannot see"
 ABSENT = {
+    **dict.fromkeys([f"med-{number:03}" for number in (3, 11, 12, 13, *range(33, 43))], SIGHT),
+    **dict.fromkeys([f"med-{number:03}" for number in (19, 20, 23, 24, 29, 30)], FETCH),
     **dict.fromkeys(("srv-059", "srv-060", "srv-061"), EMBEDS),
     **dict.fromkeys(("srv-176", "srv-189"), ADAPTERS),
     "srv-177": "there is no push of weights yet",
@@ -26,7 +30,6 @@ ABSENT = {
     **dict.fromkeys(("cli-015", "cli-016", "cli-017"), TRANSFER),
     **dict.fromkeys(("cli-020", "cli-021", "cli-022", "cli-023"), TRAINER),
     "cfg-006": "keys and values have the model's own dtype: there is no kv_cache_dtype yet",
-    "cfg-007": "no media are fetched yet",
     "cfg-008": "chunked prefill cannot be turned off",
     "cfg-010": "the prefix cache knows SHA-256 only: there is no prefix_cache_hash",
 }
@@ -37,7 +40,7 @@ def named() -> set[str]:
     found = {row.id for row in ROWS}
     for path in TESTS.rglob("test_*.py"):
         if path != Path(__file__):
-            found |= set(re.findall(r"\b(?:srv|grm|cli|cfg)-\d{3}\b", path.read_text()))
+            found |= set(re.findall(r"\b(?:srv|grm|cli|cfg|med)-\d{3}\b", path.read_text()))
     return found
 
 

@@ -161,6 +161,9 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--reasoning-parser", default="auto", show_default=True, help="How it writes reasoning; none: as text.")
 @click.option("--allow-request-chat-template", is_flag=True, help="Let callers bring a chat template.")
 @click.option("--chat-template", default=None, help="A file with the chat template; unset: the model's own.")
+@click.option(
+    "--allowed-media-domains", multiple=True, help="A host whose pictures may be named by URL; none unless given."
+)
 @click.option("--pooling", default="auto", show_default=True, help="How /v1/embeddings works: none, last or mean.")
 @click.option("--shutdown-timeout-s", "--drain-s", default=30.0, show_default=True, help="Seconds for requests to end.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
@@ -190,6 +193,7 @@ def serve(
     reasoning_parser: str,
     allow_request_chat_template: bool,
     chat_template: str | None,
+    allowed_media_domains: tuple[str, ...],
     pooling: str,
     shutdown_timeout_s: float,
     log_level: str,
@@ -220,6 +224,7 @@ def serve(
         reasoning_parser=reasoning_parser,
         allow_request_chat_template=allow_request_chat_template,
         chat_template=chat_template,
+        allowed_media_domains=allowed_media_domains,
         pooling=pooling,
         shutdown_timeout_s=shutdown_timeout_s,
         limits=ServerLimits(**limits),

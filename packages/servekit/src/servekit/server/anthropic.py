@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 from common_platform.errors import RequestError
+from servekit.multimodal.limits import MediaLimits
 from servekit.server import fields as f
 from servekit.server.chat import ChatRequest, read_chat
+from servekit.server.images import cannot_see, check_base64, check_image, check_num_images
 from servekit.server.messages import ANY_LENGTH
 from servekit.server.protocol import Door
 from servekit.server.template import ChatModel
@@ -21,9 +23,9 @@ THINKING = "enable_thinking"  # the variable that templates of models which can 
 
 def anthropic_fields(door: Door, *, counts: bool = False) -> dict[str, f.Check]:
     """Args: counts: for ``/v1/messages/count_tokens``."""
-    limits = door.config.limits
+    limits, media = door.config.limits, door.config.media
     said = f.object_schema({"role": f.one_of("user", "assistant"), "content": f.text(ANY_LENGTH)}, "role", "content")
-    message: f.Check = f.described(said)(lambda value, path: _message(value, path, limits.max_parts))
+    message: f.Check = f.described(said)(lambda value, path: _message(value, path, limits.max_parts, media))
     checks: dict[str, f.Check] = {
         "model": f.any_value,
         "messages": f.listed(message, limits.max_messages, least=1, flag="--max-messages"),
@@ -129,7 +131,7 @@ def _call(block: Json) -> Json:
     return {"id": block["id"], "type": "function", "function": function}
 
 
-def _message(value: Any, path: str, max_parts: int) -> Json:
+def _message(value: Any, path: str, max_parts: int, media: MediaLimits) -> Json:
     role = value.get("role") if isinstance(value, dict) else None
 
     def content(item: Any, at: str) -> Any:
@@ -137,15 +139,17 @@ def _message(value: Any, path: str, max_parts: int) -> Json:
             return item
         if not isinstance(item, list):
             raise f.wrong_type(at, item, "string or array")
-        block: f.Check = lambda one, where: _block(one, where, role, max_parts)  # noqa: E731
+        check_num_images([value], at, media)
+        block: f.Check = lambda one, where: _block(one, where, role, max_parts, media)  # noqa: E731
         return f.listed(block, max_parts, flag="--max-parts")(item, at)
 
     checks: dict[str, f.Check] = {"role": f.one_of("user", "assistant", code="unsupported_role"), "content": content}
     return f.check_object(value, path, checks, required=("role", "content"))
 
 
-def _block(value: Any, path: str, role: Any, max_parts: int) -> Json:
-    f.any_object(value, path)
+def _block(value: Any, path: str, role: Any, max_parts: int, media: MediaLimits) -> Json:
+    if f.any_object(value, path).get("type") == "image":
+        _refuse_image(value, path, media)
     forms: dict[str, dict[str, f.Check]] = {"text": {"text": f.text(ANY_LENGTH), "citations": f.any_value}}
     if role == "user":
         result: f.Check = lambda item, at: _text(item, at, max_parts)  # noqa: E731
@@ -159,6 +163,22 @@ def _block(value: Any, path: str, role: Any, max_parts: int) -> Json:
     required = ("type", *(name for name in forms[kind] if name not in optional))
     checks = {"type": f.text(64), "cache_control": f.any_value} | forms[kind]
     return f.check_object(value, path, checks, required=required)
+
+
+def _refuse_image(value: Json, path: str, media: MediaLimits) -> None:
+    at = f"{path}.source"
+    kind = f.any_object(value.get("source"), at).get("type")
+    fields: dict[str, f.Check] = {
+        "type": f.one_of("base64", "url"),
+        "media_type": f.text(64),
+        "data": f.text(ANY_LENGTH),
+    }
+    given = f.check_object(value["source"], at, fields | {"url": f.text(ANY_LENGTH)}, required=("type",))
+    if kind == "url":
+        check_image(given.get("url", ""), f"{at}.url", media)
+    else:
+        check_base64(given.get("data", ""), f"{at}.data", media)
+    raise cannot_see(path)
 
 
 def _text(value: Any, path: str, max_parts: int) -> str:

@@ -40,7 +40,7 @@ class ChatRequest(GenerationRequest):
 def chat_fields(door: Door, model: ChatModel) -> dict[str, f.Check]:
     limits, length = door.config.limits, door.facts.max_model_len
     return common_fields(door) | {
-        "messages": check_messages(limits),
+        "messages": check_messages(limits, door.config.media),
         "max_tokens": f.integer(1, length, "--max-model-len"),
         "max_completion_tokens": f.integer(1, length, "--max-model-len"),
         "logprobs": f.boolean,

@@ -10,6 +10,7 @@ import msgspec
 
 from common_platform.errors import ConfigError
 from servekit.engine.supervisor import RestartPolicy
+from servekit.multimodal.limits import MediaLimits, check_domain
 from servekit.server.budgets import Budget
 from servekit.server.embedding_model import POOLING
 from servekit.server.keys import check_key, read_keys
@@ -46,6 +47,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_parser: str = "auto"
     allow_request_chat_template: bool = False
     chat_template: str | None = None  # a file with another than the model's own
+    allowed_media_domains: tuple[str, ...] = ()  # whose pictures may be named by URL
     pooling: str = "auto"  # auto | none | last | mean: how /v1/embeddings makes a vector of a prompt
     limits: ServerLimits = ServerLimits()
 
@@ -65,6 +67,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             check_key(key)
         if self.api_key_file is not None:
             read_keys(self.api_key_file)  # a file that cannot be used is known before a model is loaded
+        for domain in self.allowed_media_domains:
+            check_domain(domain)
         RestartPolicy(self.max_engine_restarts)
         if self.chat_template is not None and not Path(self.chat_template).is_file():
             raise ConfigError("chat_template", Path(self.chat_template).name, "a file", flag="--chat-template")
@@ -78,6 +82,19 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
                 flag="--host, --api-key-file or --insecure-no-auth (--allow-insecure-bind)",
                 code="insecure_bind",
             )
+
+    @property
+    def media(self) -> MediaLimits:
+        """What is told of pictures."""
+        limits = self.limits
+        return MediaLimits(
+            max_parts=limits.max_media_parts,
+            max_bytes=limits.max_media_bytes,
+            max_pixels=limits.max_image_pixels,
+            max_side=limits.max_image_side,
+            max_aspect=limits.max_image_aspect,
+            allowed_domains=tuple(domain.lower() for domain in self.allowed_media_domains),
+        )
 
     def _check_admin(self) -> None:
         if self.admin_port is None:

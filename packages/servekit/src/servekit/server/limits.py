@@ -54,6 +54,11 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_messages: Annotated[int, Meta(description="messages of a chat")] = 2_048
     max_parts: Annotated[int, Meta(description="content parts of a message")] = 256
     max_tools: Annotated[int, Meta(description="tools of a request")] = 128
+    max_media_parts: Annotated[int, Meta(description="pictures of a request")] = 16
+    max_media_bytes: Annotated[int, Meta(description="bytes of a picture")] = 20 * MIB
+    max_image_pixels: Annotated[int, Meta(description="pixels of a picture")] = 32 * MIB
+    max_image_side: Annotated[int, Meta(description="pixels of a picture's longer side")] = 16_384
+    max_image_aspect: Annotated[int, Meta(description="longer side over shorter side")] = 200
     max_request_timeout_s: Annotated[float, Meta(description="seconds a caller may give a request")] = 3600.0
     max_schema_bytes: Annotated[int, Meta(description="bytes of a JSON schema or grammar")] = 65_536
     max_schema_depth: Annotated[int, Meta(description="schemas inside one another")] = 32

@@ -7,7 +7,9 @@ import re
 from typing import Any
 
 from common_platform.errors import RequestError
+from servekit.multimodal.limits import MediaLimits
 from servekit.server import fields as f
+from servekit.server.images import IMAGE, check_image_part, check_num_images
 from servekit.server.limits import ServerLimits
 from servekit.server.structured import check_schema
 
@@ -16,7 +18,7 @@ FUNCTION_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ANY_LENGTH = 2**31  # bounded by the body
 
 
-def check_messages(limits: ServerLimits) -> f.Check:
+def check_messages(limits: ServerLimits, media: MediaLimits) -> f.Check:
     """A list of messages in the form that chat templates read: content is one text."""
 
     said: dict[str, f.Check] = {"role": f.one_of(*ROLES[:-1]), "content": f.text(ANY_LENGTH), "name": f.text(256)}
@@ -24,8 +26,9 @@ def check_messages(limits: ServerLimits) -> f.Check:
 
     @f.described({"type": "array", "items": one, "minItems": 1, "maxItems": limits.max_messages})
     def check(value: Any, path: str) -> list[dict[str, Any]]:
+        check_num_images(value, path, media)
         messages = f.listed(
-            lambda item, at: _message(item, at, limits), limits.max_messages, least=1, flag="--max-messages"
+            lambda item, at: _message(item, at, limits, media), limits.max_messages, least=1, flag="--max-messages"
         )
         checked: list[dict[str, Any]] = messages(value, path)
         _check_tool_answers(checked, path)
@@ -34,10 +37,10 @@ def check_messages(limits: ServerLimits) -> f.Check:
     return check
 
 
-def _message(value: Any, path: str, limits: ServerLimits) -> dict[str, Any]:
+def _message(value: Any, path: str, limits: ServerLimits, media: MediaLimits) -> dict[str, Any]:
     checks: dict[str, f.Check] = {
         "role": f.one_of(*ROLES, code="unsupported_role"),
-        "content": lambda content, at: _content(content, at, limits),
+        "content": lambda content, at: _content(content, at, limits, media),
         "name": f.text(256),
         "refusal": f.text(ANY_LENGTH),
         "reasoning_content": f.text(ANY_LENGTH),
@@ -55,16 +58,19 @@ def _message(value: Any, path: str, limits: ServerLimits) -> dict[str, Any]:
     return message
 
 
-def _content(value: Any, path: str, limits: ServerLimits) -> str:
+def _content(value: Any, path: str, limits: ServerLimits, media: MediaLimits) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise f.wrong_type(path, value, "string or array")
-    return "".join(f.listed(_part, limits.max_parts, least=1, flag="--max-parts")(value, path))
+    part: f.Check = lambda item, at: _part(item, at, media)  # noqa: E731
+    return "".join(f.listed(part, limits.max_parts, least=1, flag="--max-parts")(value, path))
 
 
-def _part(value: Any, path: str) -> str:
+def _part(value: Any, path: str, media: MediaLimits) -> str:
     checks: dict[str, f.Check] = {"type": f.one_of("text"), "text": f.text(ANY_LENGTH)}
+    if isinstance(value, dict) and value.get("type") == IMAGE:
+        check_image_part(value, path, media)
     if isinstance(value, dict) and value.get("type") not in (None, "text"):
         checks["type"](value["type"], f"{path}.type")
     text: str = f.check_object(value, path, checks, required=("type", "text"))["text"]

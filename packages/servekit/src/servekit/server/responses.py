@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from common_platform.errors import RequestError
+from servekit.multimodal.limits import MediaLimits
 from servekit.server import fields as f
 from servekit.server.chat import ChatRequest, read_chat
+from servekit.server.images import IMAGE, INPUT_IMAGE, cannot_see, check_image, check_num_images
 from servekit.server.messages import ANY_LENGTH
 from servekit.server.protocol import Door
 from servekit.server.template import ChatModel
@@ -39,13 +41,14 @@ class ResponseRequest:
 
 def response_fields(door: Door) -> dict[str, f.Check]:
     limits = door.config.limits
-    item: f.Check = lambda value, path: _item(value, path, limits.max_parts)  # noqa: E731
+    media = door.config.media
+    item: f.Check = lambda value, path: _item(value, path, limits.max_parts, media)  # noqa: E731
     items = f.listed(item, limits.max_messages, least=1, flag="--max-messages")
     same = dict.fromkeys(("model", "temperature", "top_p", "parallel_tool_calls", "user", "metadata"), f.any_value)
     same |= dict.fromkeys(("top_logprobs", "service_tier", "safety_identifier", "prompt_cache_key"), f.any_value)
     return same | {
         "input": f.described({"type": "string"})(
-            lambda value, path: value if isinstance(value, str) else items(value, path)
+            lambda value, path: value if isinstance(value, str) else _items(value, path, items, media)
         ),
         "instructions": f.text(ANY_LENGTH),
         "max_output_tokens": f.any_value,
@@ -187,9 +190,14 @@ def _say(chat: Translation, path: str, item: Json) -> None:
         chat.say(path, {"role": item["role"], "content": item["content"]})
 
 
-def _item(value: Any, path: str, max_parts: int) -> Json:
+def _items(value: Any, path: str, items: f.Check, media: MediaLimits) -> Any:
+    check_num_images(value, path, media)
+    return items(value, path)
+
+
+def _item(value: Any, path: str, max_parts: int, media: MediaLimits) -> Json:
     kind = f.any_object(value, path).get("type", "message")
-    text = lambda item, at: _joined(item, at, max_parts)  # noqa: E731
+    text = lambda item, at: _joined(item, at, max_parts, media)  # noqa: E731
     about: dict[str, f.Check] = {"type": f.text(64), "id": f.text(128), "status": f.text(64)}
     forms: dict[str, tuple[dict[str, f.Check], tuple[str, ...]]] = {
         "message": (
@@ -208,16 +216,20 @@ def _item(value: Any, path: str, max_parts: int) -> Json:
     return f.check_object(value, path, about | checks, required=required)
 
 
-def _joined(value: Any, path: str, max_parts: int) -> str:
+def _joined(value: Any, path: str, max_parts: int, media: MediaLimits) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise f.wrong_type(path, value, "string or array")
-    return "".join(f.listed(_part, max_parts, flag="--max-parts")(value, path))
+    part: f.Check = lambda item, at: _part(item, at, media)  # noqa: E731
+    return "".join(f.listed(part, max_parts, flag="--max-parts")(value, path))
 
 
-def _part(value: Any, path: str) -> str:
+def _part(value: Any, path: str, media: MediaLimits) -> str:
     kind = f.any_object(value, path).get("type")
+    if kind == INPUT_IMAGE and isinstance(value.get(IMAGE), str):
+        check_image(value[IMAGE], f"{path}.{IMAGE}", media)
+        raise cannot_see(path)
     f.one_of(*TEXT_PARTS)(kind, f"{path}.type")
     name = "refusal" if kind == "refusal" else "text"
     checks: dict[str, f.Check] = {name: f.text(ANY_LENGTH), "type": f.text(64)}

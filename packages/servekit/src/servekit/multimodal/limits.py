@@ -1,0 +1,33 @@
+"""How many pictures a request may bring, from where, and how large."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common_platform.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaLimits:
+    max_parts: int = 16  # of a request
+    max_bytes: int = 20_971_520  # of one, as it comes
+    max_pixels: int = 33_554_432
+    max_side: int = 16_384  # pixels
+    max_aspect: int = 200  # the longer side over the shorter
+    allowed_domains: tuple[str, ...] = ()  # of URLs; none: no URL is taken
+
+    def __post_init__(self) -> None:
+        for name in ("max_parts", "max_bytes", "max_pixels", "max_side", "max_aspect"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, getattr(self, name), "1 or more")
+        for domain in self.allowed_domains:
+            check_domain(domain)
+
+
+def check_domain(domain: str) -> None:
+    """Raise ConfigError for what is no host's name: all hosts at once cannot be allowed."""
+    labels = domain.split(".")
+    if not all(label.replace("-", "").isalnum() and label.isascii() for label in labels) or len(domain) > 253:
+        raise ConfigError(
+            "allowed_media_domains", domain, "names of hosts, each in full", flag="--allowed-media-domains"
+        )
