@@ -78,6 +78,13 @@ def kernels(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """Prove and time everything on the GPU at hand: `nox -s gpu -- --page FILE` makes the page of what it wrote."""
+    install(session, "transformers", "pytest", *KERNEL_NEEDS)
+    session.run("python", "-m", "tests.gpu", *session.posargs)
+
+
+@nox.session
 def slow(session: nox.Session) -> None:
     """The tests that take minutes each."""
     install(session, *REAL_MODEL, *TEST_NEEDS, *CLIENTS, *TEST_EXTRAS, *TRAIN_EXTRAS, *KERNEL_NEEDS)
