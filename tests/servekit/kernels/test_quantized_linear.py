@@ -11,7 +11,7 @@ from servekit.kernels.quantize import quantize
 from servekit.kernels.quantized_linear import conversion
 from servekit.kernels.quantized_linear import weights as layouts
 from servekit.kernels.quantized_linear.reference import dequantize_blocks, dequantize_int4
-from servekit.kernels.quantized_linear.tiles import Tiles, tiles_for
+from servekit.kernels.quantized_linear.tiles import Tiles, measured_tiles, tiles_for
 
 FOLDER = "servekit.kernels.quantized_linear"
 W8A8, W8A16 = backends(FOLDER, "w8a8_product"), backends(FOLDER, "w8a16_linear")
@@ -205,3 +205,23 @@ def test_the_bits_of_float8_mean_the_same_on_mi300_with_twice_the_scale():
     values = bits[(bits & 0x7F) != 0x7F].view(torch.float8_e4m3fn)  # all but the two that are not numbers
     converted, scales = layouts.as_fnuz(values, torch.tensor([0.5]))
     assert torch.equal(converted.float() * scales, values.float() * 0.5)
+
+
+def test_what_was_measured_on_a_device_is_used(tmp_path, monkeypatch):
+    from servekit.kernels import tuning
+
+    config = {"block_m": 32, "block_n": 128, "num_warps": 8, "num_stages": 2}
+    shape = {"tokens": 32, "out": 256, "width": 512}
+    tuning.write(tmp_path, "cpu", {"w4a16": [{"shape": shape, "config": config}]})
+    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tuning, "device_name", lambda: "cpu")
+    tuning._found.cache_clear()
+    tuning.configs_of.cache_clear()
+    try:
+        safe = tiles_for(20, 256, 512, 128)
+        found = measured_tiles("w4a16", safe, 20, 256, 512)
+        assert (found.rows, found.cols, found.num_warps, found.num_stages) == (32, 128, 8, 2)
+        assert measured_tiles("w4a16", safe, 20, 256, 640) == safe
+    finally:
+        tuning._found.cache_clear()
+        tuning.configs_of.cache_clear()

@@ -6,7 +6,7 @@ sum over a token's experts has one order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from servekit.kernels.moe_align.alignment import Alignment
 from servekit.kernels.moe_align.triton_backend import align
 from servekit.kernels.quantize.triton_backend import quantize
 from servekit.kernels.quantized_linear.weights import BLOCK, HALF, MIDDLE
-from servekit.kernels.tuning import stages
+from servekit.kernels.tuning import Tuned, stages, tuned
 
 DENSE, CHANNELS, BLOCKS, INT4 = range(4)  # what the weights are
+_NAMES = {DENSE: "bf16", CHANNELS: "int8", BLOCKS: "fp8 blocks", INT4: "int4"}
 TOGETHER = 8  # row tiles that run side by side
 SUMS = 1024  # columns of a program that adds
 
@@ -333,11 +334,10 @@ def fused_moe(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not tokens:
         return out
-    kind = _kind(gate_up)
-    cut = moe_tiles(tokens * top_k, num_experts, kind, gated=True)
+    cut = _tiles(gate_up, tokens * top_k, gated=True)
     rows = align(experts, num_experts, cut.rows)
     inner = _grouped(x.contiguous(), gate_up, rows, cut, top_k, both // 2, gated=True)
-    second = moe_tiles(tokens * top_k, num_experts, _kind(down), gated=False)
+    second = _tiles(down, tokens * top_k, gated=False)
     if second.rows != cut.rows:
         rows = align(experts, num_experts, second.rows)
     results = _grouped(inner, down, rows, second, 1, hidden, gated=False)
@@ -390,6 +390,21 @@ def _grouped(
     return result
 
 
+def _tiles(weights: ExpertWeights, num_pairs: int, *, gated: bool) -> MoeTiles:
+    """What ``servekit tune`` measured for these experts and about as many pairs, else safe ones."""
+    kind, (num_experts, out, width) = _kind(weights), weights.shape
+    safe = moe_tiles(num_pairs, num_experts, kind, gated=gated)
+    found = tuned(
+        f"experts_{_NAMES[kind].replace(' ', '_')}",
+        Tuned(safe.cols, safe.num_warps, safe.num_stages, safe.rows),
+        pairs=1 << (num_pairs - 1).bit_length(),
+        experts=num_experts,
+        out=out,
+        width=width,
+    )
+    return replace(safe, rows=found.block_m, cols=found.block_n, num_warps=found.num_warps, num_stages=found.num_stages)
+
+
 def _kind(weights: ExpertWeights) -> int:
     if isinstance(weights, DenseExperts):
         return DENSE
@@ -420,9 +435,6 @@ def _constants(kind: int, cut: MoeTiles, few_groups: bool, *, gated: bool) -> di
         "MIDDLE": MIDDLE,
         "TOGETHER": TOGETHER,
     }
-
-
-_NAMES = {DENSE: "bf16", CHANNELS: "int8", BLOCKS: "fp8 blocks", INT4: "int4"}
 
 
 def _specialization(kind: int, average: int, *, gated: bool) -> Specialization:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from servekit.kernels.tuning import Tuned, tuned
 
 SMALL = 16  # tokens up to which reading the weight is what takes the time
 PROGRAMS = 264  # to have at least: two for each multiprocessor of an H100
@@ -41,3 +43,10 @@ def tiles_for(tokens: int, out: int, width: int, inner: int, *, unpacks: bool = 
     if tokens <= 64:
         return Tiles(rows=32 if tokens <= 32 else 64, cols=64, inner=inner)
     return Tiles(rows=64 if unpacks else 128, cols=128, inner=inner, num_warps=8, num_stages=3)
+
+
+def measured_tiles(kernel: str, safe: Tiles, tokens: int, out: int, width: int) -> Tiles:
+    """What ``servekit tune`` measured for this weight and about as many tokens, else ``safe``; splits stay."""
+    default = Tuned(safe.cols, safe.num_warps, safe.num_stages, safe.rows)
+    found = tuned(kernel, default, tokens=1 << max(tokens - 1, 0).bit_length(), out=out, width=width)
+    return replace(safe, rows=found.block_m, cols=found.block_n, num_warps=found.num_warps, num_stages=found.num_stages)

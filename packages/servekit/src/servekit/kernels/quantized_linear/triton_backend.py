@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common_platform.kernels import NVIDIA_FP8, TARGETS, Specialization, Work
 from servekit.kernels.quantize.triton_backend import quantize
-from servekit.kernels.quantized_linear.tiles import SMALL, Tiles, tiles_for
+from servekit.kernels.quantized_linear.tiles import SMALL, Tiles, measured_tiles, tiles_for
 from servekit.kernels.quantized_linear.weights import BLOCK, HALF, MIDDLE, SPAN, BlockWeight, ChannelWeight, Int4Weight
 from servekit.kernels.tuning import stages
 
@@ -228,7 +228,8 @@ def _w8(
     dtype: torch.dtype,
 ) -> Tensor:
     out, width = weight.values.shape
-    cut = tiles or tiles_for(len(values), out, width, 128 if scales is not None else 64)
+    safe = tiles_for(len(values), out, width, 128 if scales is not None else 64)
+    cut = tiles or measured_tiles("w8", safe, len(values), out, width)
     sums = tl.int32 if values.dtype == torch.int8 else tl.float32
 
     def launch(grid: tuple[int, int], offsets: Tensor | None, target: Tensor) -> None:
@@ -274,7 +275,7 @@ def fp8_block_product(
 ) -> Tensor:
     """As ``reference.fp8_block_product``; a tile's columns are within one block of the weight."""
     out, width = weight.values.shape
-    cut = tiles or tiles_for(len(values), out, width, BLOCK)
+    cut = tiles or measured_tiles("fp8_block", tiles_for(len(values), out, width, BLOCK), len(values), out, width)
 
     def launch(grid: tuple[int, int], offsets: Tensor | None, target: Tensor) -> None:
         _fp8_block_tiles[grid](
@@ -303,7 +304,7 @@ def w4a16_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, t
     """As ``reference.w4a16_linear``; the products are of the type of ``x``, in which the int4 values are exact."""
     x = x.contiguous() if weight.order is None else x[:, weight.order]
     out, width = weight.packed.shape[1], weight.in_features
-    cut = tiles or int4_tiles(len(x), weight)
+    cut = tiles or measured_tiles("w4a16", int4_tiles(len(x), weight), len(x), out, width)
     few_groups = _few_groups(weight.group, width)
 
     def launch(grid: tuple[int, int], offsets: Tensor | None, target: Tensor) -> None:
