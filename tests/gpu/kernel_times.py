@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from tests.gpu.machine import Stopwatch, bounds
+from tests.gpu.matrix_times import matrix_rows
 from torch import Tensor
 
 from servekit.kernels.paged_attention.metadata import paged_metadata
@@ -160,7 +161,8 @@ def measure(device: torch.device, *, is_dry: bool) -> dict[str, Any]:
     watch = Stopwatch(device, is_dry=is_dry)
     limits = bounds(watch, device, is_dry=is_dry)
     figures: list[dict[str, Any]] = []
-    for case in cases(Sizes(is_dry=is_dry), device):
+    more = [Case(*row) for row in matrix_rows(device, is_dry=is_dry)]
+    for case in [*cases(Sizes(is_dry=is_dry), device), *more]:
         try:
             seconds = watch.seconds(case.make())
         except Exception as error:  # noqa: BLE001 - told in the report, for whoever mends it
