@@ -112,7 +112,7 @@ def test_a_beginning_is_continued(client: Any) -> None:
         ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
-            "messages[0].content[0].source",
+            "messages[0].content[0].source.type",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]}, "messages[0]"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
