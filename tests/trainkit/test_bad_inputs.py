@@ -72,7 +72,7 @@ def test_wrong_arguments_of_the_trainer(tmp_path, argument, value, says):
         (lambda: EarlyStopping("x", min_delta=-1.0), "min_delta"),
         (lambda: EarlyStopping("x", mode="up"), "mode"),
         (lambda: ModelCheckpoint(every_n_train_steps=0), "every_n_train_steps"),
-        (lambda: ModelCheckpoint(save_top_k=2), "save_top_k"),
+        (lambda: ModelCheckpoint(save_top_k=-2), "save_top_k"),
         (lambda: ModelCheckpoint(every_n_train_steps=2, every_n_epochs=1), "one of"),
         (lambda: LambdaCallback(on_lunch=print), "on_lunch"),
         (lambda: GradientAccumulationScheduler({}), "scheduling"),

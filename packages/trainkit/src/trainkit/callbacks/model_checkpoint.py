@@ -33,7 +33,8 @@ class ModelCheckpoint(Checkpoint):
         monitor: the metric by which the best are chosen; None keeps the newest.
         verbose: print what is kept.
         save_last: also keep the newest as ``last``; "link": as a link to the newest that is kept.
-        save_top_k: how many are kept; -1 all, 0 none. Without a metric, -1, 0 or 1.
+        save_top_k: how many are kept; -1 all, 0 none. Without a metric the newest ones: 2 or more leave one to go on
+            from (``ckpt_path="last-valid"``) when the newest is damaged.
         save_on_exception: save ``last`` when training is left by an exception, Ctrl-C included.
         save_weights_only: what ``load_from_checkpoint`` needs, and not what a resumed run needs.
         mode: "min" or "max".
@@ -72,8 +73,8 @@ class ModelCheckpoint(Checkpoint):
     ) -> None:
         if mode not in ("min", "max"):
             raise ConfigError("ModelCheckpoint.mode", mode, "'min' or 'max'")
-        if save_top_k < -1 or (monitor is None and save_top_k > 1):
-            raise ConfigError("ModelCheckpoint.save_top_k", save_top_k, "-1 or more; -1, 0 or 1 without a monitor")
+        if save_top_k < -1:
+            raise ConfigError("ModelCheckpoint.save_top_k", save_top_k, "-1 or more")
         if every_n_train_steps is not None and every_n_train_steps < 1:
             raise ConfigError("ModelCheckpoint.every_n_train_steps", every_n_train_steps, "1 or more, or None")
         if every_n_epochs is not None and every_n_epochs < 0:

@@ -20,7 +20,6 @@ from common_platform.errors import (
     ArtifactError,
     ArtifactVersionError,
     CheckpointCorrupt,
-    CheckpointError,
     CheckpointIncomplete,
     CheckpointVersionError,
     CheckpointWriteError,
@@ -28,7 +27,7 @@ from common_platform.errors import (
 from trainkit.checkpoint.foreign import load_ckpt
 from trainkit.checkpoint.tree import join, split, without_shared
 
-MODEL, STATE_TENSORS, STATE = "model.safetensors", "state.safetensors", "state.json"
+MODEL, STATE_TENSORS, STATE, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 VERSION = 2
 
 
@@ -74,7 +73,7 @@ def write(path: str | Path, prepared: Prepared) -> None:
             writer.write_tensors(MODEL, prepared.weights)
             writer.write_tensors(STATE_TENSORS, prepared.tensors)
             writer.write_json(STATE, about)
-            writer.commit(provenance={"kind": "trainkit checkpoint", "global_step": prepared.global_step})
+            writer.commit(provenance=_provenance(prepared.global_step))
     except ArtifactError as error:
         raise _write_error(error, prepared) from error
 
@@ -104,17 +103,30 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointVersionError: a newer version wrote it.
     """
     folder = Path(path)
-    manifest_of(folder)
+    manifest = manifest_of(folder)
     try:
         verify(folder)
         about = loads(read_bytes(folder, STATE, 1 << 30), max_bytes=1 << 30, max_depth=256)
         if about.get("version") != VERSION:
             raise CheckpointVersionError(f"{STATE} version", about.get("version"), f"{VERSION}; update this library")
+        _check_manifest(folder, manifest, about)
         weights, tensors = load_file(folder / MODEL), load_file(folder / STATE_TENSORS)
     except ArtifactError as error:
         raise CheckpointCorrupt(error.param, error.value, error.limit) from error
     weights |= {name: weights[owner] for name, owner in about["aliases"].items()}
     return weights, join(about["state"], tensors)
+
+
+def _check_manifest(folder: Path, manifest: Manifest, about: dict[str, Any]) -> None:
+    """The manifest has no digest of its own, so it must be, to the byte, what was written for these files."""
+    state = about["state"]
+    step = state.get("global_step", 0) if isinstance(state, dict) else 0
+    if manifest.provenance != _provenance(step) or manifest.to_json() != read_bytes(folder, MANIFEST):
+        raise CheckpointCorrupt(MANIFEST, "changed since it was written", "the manifest of these files")
+
+
+def _provenance(global_step: int) -> dict[str, Any]:
+    return {"kind": "trainkit checkpoint", "global_step": global_step}
 
 
 def load_any(path: str | Path) -> dict[str, Any]:
@@ -162,21 +174,14 @@ def find_last(folder: Path) -> Path | None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """All checkpoints in ``folder``, also such whose manifest cannot be read."""
+    """All checkpoints in ``folder`` by the time of their writing, whatever is in them: also damaged ones."""
     undo_killed_saves(folder)
     found = [path for path in folder.iterdir() if _is_checkpoint(path)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: (_step_or_none(path), path.stat().st_mtime_ns), reverse=True)
-
-
-def _step_or_none(path: Path) -> int:
-    try:
-        return _step_of(path)
-    except CheckpointError:
-        return -1
+    return sorted(found, key=lambda path: (path / MANIFEST).stat().st_mtime_ns, reverse=True)
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".") and (path / "manifest.json").is_file()
+    return path.is_dir() and not path.name.startswith(".") and (path / MANIFEST).is_file()
 
 
 def _step_of(path: Path) -> int:
