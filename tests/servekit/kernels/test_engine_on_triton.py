@@ -48,3 +48,14 @@ def test_greedy_tokens_of_triton_are_those_of_transformers(folder, chunk):
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     found = run(folder, PROMPTS, params, max_num_batched_tokens=chunk)
     assert [list(tokens) for tokens in found] == expected(folder, PROMPTS, NUM_TOKENS)
+
+
+def test_a_seed_draws_the_same_tokens_of_triton_alone_and_among_others(tmp_path):
+    """Tokens stay on the device from step to step, and no other row changes them."""
+    path = make_folder(tmp_path / "model", "llama", vocab_size=49152)
+    drawn = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, seed=11, max_tokens=4, ignore_eos=True)
+    other = SamplingParams(temperature=0.8, seed=3, max_tokens=2, ignore_eos=True, frequency_penalty=0.5)
+    alone = run(path, PROMPTS[:1], [drawn])
+    together = run(path, PROMPTS, [drawn, other, drawn])
+    assert together[0] == alone[0]
+    assert len(together[1]) == 2

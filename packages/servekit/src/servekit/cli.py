@@ -27,7 +27,19 @@ from servekit.server.limits import ServerLimits, flag_of
 
 KEY_VARIABLE, ADMIN_KEY_VARIABLE = "SERVEKIT_API_KEY", "SERVEKIT_ADMIN_KEY"
 USAGE = 2
-NOT_BACKENDS = ("metadata", "library", "libservekit_cpu", "packing", "program")
+NOT_BACKENDS = (
+    "metadata",
+    "library",
+    "libservekit_cpu",
+    "packing",
+    "program",
+    "memory",
+    "alignment",
+    "conversion",
+    "rule",
+    "tiles",
+    "weights",
+)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 ENGINE_HELP = {
@@ -494,6 +506,19 @@ def top(url: str, api_key_file: Path | None, interval_s: float, times: int | Non
 
     key = _first_key(api_key_file)
     watch(lambda: fetch(url, key), Console(), interval_s=interval_s, times=times)
+    return 0
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder; SERVEKIT_TUNED=FOLDER uses it.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", show_default=True)
+def tune(model: Path, out: Path, dtype: str) -> int:
+    """Measure how the kernels for MODEL are best launched on the GPU here, and write it to a file of the device."""
+    from servekit.execution.tuning import tune_model
+
+    for line in tune_model(model, out, dtype):
+        click.echo(line)
     return 0
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,8 +38,23 @@ class Tuned:
     block_k: int = 0
 
 
+_tried: dict[str, dict[str, int]] = {}  # only while `servekit tune` measures
+
+
+@contextmanager
+def trying(kernel: str, config: dict[str, int]) -> Iterator[None]:
+    """Launch ``kernel`` as ``config`` says, whatever is known of this device."""
+    _tried[kernel] = config
+    try:
+        yield
+    finally:
+        del _tried[kernel]
+
+
 def tuned(kernel: str, default: Tuned, **shape: int) -> Tuned:
     """The measured configuration for this shape on this device, else ``default``."""
+    if kernel in _tried:
+        return replace(default, **_tried[kernel])
     return _found(kernel, default, tuple(sorted(shape.items())), device_name())
 
 
@@ -82,10 +99,11 @@ def configs_of(device: str) -> dict[str, list[dict[str, Any]]]:
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
         body = json.loads(path.read_text())
-        configs = {str(kernel): [_entry(path, one) for one in entries] for kernel, entries in body["configs"].items()}
+        return {str(kernel): [_entry(path, one) for one in entries] for kernel, entries in body["configs"].items()}
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(VARIABLE, str(path), f"a file that servekit tune wrote ({type(error).__name__})") from error
-    return configs
 
 
 def _entry(path: Path, entry: dict[str, Any]) -> dict[str, Any]:
