@@ -75,6 +75,92 @@ def test_escape_stops_an_answer_and_an_error_is_said(server: ServerProcess, brow
     assert "max_completion_tokens" in browser.value("document.getElementById('status').textContent")
 
 
+LONG_CHAT = "for (let i = 0; i < 60; i++) add('said user', 'line ' + i)"
+SHOWN = """((id) => {
+  const place = document.getElementById(id).getBoundingClientRect();
+  return place.top >= 0 && place.bottom <= innerHeight;
+})"""
+
+
+@in_browser
+@pytest.mark.parametrize(("width", "height", "is_phone"), [(1000, 700, False), (360, 640, True), (640, 360, True)])
+def test_a_long_chat_leaves_the_fields_in_sight(
+    server: ServerProcess, browser: Browser, width: int, height: int, is_phone: bool
+) -> None:
+    browser.resize(width, height, is_phone=is_phone)
+    browser.open(f"{server.url}/")
+    browser.wait_for("document.getElementById('model')?.textContent.startsWith('M,')")
+    browser.value(LONG_CHAT)
+    for name in ("prompt", "send", "stop", "live"):
+        assert browser.value(f"{SHOWN}('{name}')"), name
+    assert browser.value("document.documentElement.scrollHeight <= innerHeight"), "the chat scrolls, not the page"
+    assert browser.value("isAtEnd()"), "what was said last is in sight"
+    browser.value("document.querySelector('details').open = true")
+    assert browser.value(f"{SHOWN}('prompt')")
+    assert browser.value("document.documentElement.scrollWidth") <= width
+
+
+@in_browser
+def test_who_reads_above_is_not_pulled_down(server: ServerProcess, browser: Browser) -> None:
+    browser.resize(1000, 700, is_phone=False)
+    browser.open(f"{server.url}/")
+    browser.wait_for("document.getElementById('model')?.textContent.startsWith('M,')")
+    browser.value(LONG_CHAT)
+    browser.value("document.getElementById('max_tokens').value = 200")
+    browser.value("document.getElementById('prompt').focus()")
+    browser.type("hello")
+    browser.press("Enter")
+    browser.wait_for("document.querySelector('.assistant')?.textContent.length > 0")
+    browser.value("document.getElementById('chat').scrollTop = 0")
+    browser.wait_for("document.getElementById('stop').disabled")
+    assert browser.value("document.getElementById('chat').scrollTop") == 0
+
+
+@in_browser
+def test_every_field_is_reached_by_the_tab_key(server: ServerProcess, browser: Browser) -> None:
+    browser.open(f"{server.url}/")
+    browser.wait_for("document.getElementById('model')?.textContent.startsWith('M,')")
+    browser.value("document.querySelector('details').open = true")
+    browser.value("document.getElementById('prompt').focus()")
+    seen = []
+    for _ in range(14):
+        seen.append(browser.value("document.activeElement.id || document.activeElement.tagName"))
+        browser.press("Tab")
+    wanted = ["prompt", "send", "clear", "SUMMARY", "system", "temperature", "top_p", "max_tokens", "seed", "key"]
+    assert [name for name in seen if name in wanted][:10] == wanted
+
+
+PICTURE = """(async () => {
+  const canvas = document.createElement('canvas');
+  canvas.width = canvas.height = 8;
+  const blob = await new Promise((done) => canvas.toBlob(done));
+  const files = new DataTransfer();
+  files.items.add(new File([blob], 'x.png', { type: 'image/png' }));
+  document.getElementById('picture').files = files.files;
+  document.body.dataset.chosen = 'yes';
+})()"""
+
+
+@in_browser
+def test_a_picture_is_offered_where_the_model_sees_and_sent_as_a_part(server: ServerProcess, browser: Browser) -> None:
+    """No model here sees: told otherwise, the page sends the picture, and the server says why it will not do."""
+    browser.open(f"{server.url}/")
+    browser.wait_for("document.getElementById('model')?.textContent.startsWith('M,')")
+    assert browser.value("document.getElementById('with-picture').hidden")
+    browser.value("showAbilities(['text', 'image'])")
+    assert not browser.value("document.getElementById('with-picture').hidden")
+    browser.value(PICTURE)
+    browser.wait_for("document.body.dataset.chosen === 'yes'")
+    before = len(browser.complaints)
+    browser.value("document.getElementById('prompt').focus()")
+    browser.type("what is this?")
+    browser.press("Enter")
+    browser.wait_for("document.getElementById('status').textContent.includes('cannot see')")
+    assert browser.value("document.querySelector('.user img').naturalWidth") == 8, "the policy shows it"
+    assert all("400" in complaint for complaint in browser.complaints[before:])
+    assert browser.value("messages.length") == 0, "it is not asked again with the next question"
+
+
 @in_browser
 def test_it_fits_a_phone_and_every_field_has_a_name(server: ServerProcess, browser: Browser) -> None:
     browser.resize(360, 640, is_phone=True)

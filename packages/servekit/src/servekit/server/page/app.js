@@ -22,8 +22,18 @@ function add(kind, text) {
   element.className = kind;
   element.textContent = text;
   $("chat").append(element);
-  $("chat").scrollTop = $("chat").scrollHeight;
+  toEnd();
   return element;
+}
+
+function toEnd() {
+  $("chat").scrollTop = $("chat").scrollHeight;
+}
+
+// Who has scrolled up to read is not pulled down by what is still coming.
+function isAtEnd() {
+  const chat = $("chat");
+  return chat.scrollHeight - chat.scrollTop - chat.clientHeight < 40;
 }
 
 async function findModel() {
@@ -33,6 +43,28 @@ async function findModel() {
   const card = (await answer.json()).data[0];
   model = card.id;
   $("model").textContent = `${model}, ${card.max_model_len} tokens`;
+  showAbilities(card.input_modalities || ["text"]);
+}
+
+function showAbilities(modalities) {
+  $("with-picture").hidden = !modalities.includes("image");
+}
+
+function readPicture(file) {
+  return new Promise((done, failed) => {
+    const reader = new FileReader();
+    reader.onload = () => done(reader.result);
+    reader.onerror = () => failed(new Error("The picture cannot be read."));
+    reader.readAsDataURL(file);
+  });
+}
+
+// What is said: text alone, or with the picture that was chosen.
+async function said(prompt) {
+  const file = $("with-picture").hidden ? null : $("picture").files[0];
+  if (!file) return { content: prompt, url: null };
+  const url = await readPicture(file);
+  return { content: [{ type: "text", text: prompt }, { type: "image_url", image_url: { url } }], url };
 }
 
 function request() {
@@ -67,8 +99,15 @@ async function* events(answer) {
 
 async function ask(prompt) {
   if (!model) await findModel();
-  messages.push({ role: "user", content: prompt });
-  add("said user", prompt);
+  const { content: asked, url } = await said(prompt);
+  messages.push({ role: "user", content: asked });
+  const question = add("said user", prompt);
+  if (url) {
+    const image = document.createElement("img");
+    image.alt = "the picture that was sent";
+    image.src = url;
+    question.append(image);
+  }
   const thought = add("thought", "");
   const shown = add("said assistant", "");
   const about = add("about", "");
@@ -88,6 +127,7 @@ async function ask(prompt) {
     if (!answer.ok) throw new Error((await answer.json()).error.message);
     for await (const event of events(answer)) {
       if (event.error) throw new Error(event.error.message);
+      const follows = isAtEnd();
       usage = event.usage || usage;
       for (const choice of event.choices) {
         const added = choice.delta.content || "";
@@ -97,17 +137,21 @@ async function ask(prompt) {
         thought.textContent += choice.delta.reasoning_content || "";
         reason = choice.finish_reason || reason;
       }
-      $("chat").scrollTop = $("chat").scrollHeight;
+      if (follows) toEnd();
     }
   } catch (error) {
     if (error.name !== "AbortError") {
-      if (!content) messages.pop();
+      reason = "failed";
       throw error;
     }
   } finally {
     running = null;
+    // A question without an answer is not asked again with the next one.
     if (content) messages.push({ role: "assistant", content });
+    else messages.pop();
+    $("picture").value = "";
     about.textContent = described(began, first, usage, reason);
+    if (isAtEnd()) toEnd();
   }
 }
 

@@ -22,6 +22,7 @@ def _card(name: str, state: ServerState) -> dict[str, Any]:
         "created": _started,
         "owned_by": "servekit",
         "max_model_len": state.engine.facts.max_model_len,
+        "input_modalities": ["text"],
     }
 
 
