@@ -87,11 +87,7 @@ def write_folder(path: Path, shape: Shape, dtype: torch.dtype, device: torch.dev
     """A model folder; weights are drawn on ``device`` and large enough that its distributions are not flat."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config_of(shape, dtype)))
-    vocabulary = {f"t{number}": number for number in range(shape.vocab_size)}
-    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}
-    tokenizer = {"version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": {"type": "Whitespace"}}
-    empty = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
-    (path / "tokenizer.json").write_text(json.dumps(empty | tokenizer))
+    write_tokenizer(path, shape.vocab_size)
     generator = torch.Generator(device).manual_seed(0)
     where: dict[str, str] = {}
     for part, layers in enumerate(_parts(shape)):
@@ -101,6 +97,15 @@ def write_folder(path: Path, shape: Shape, dtype: torch.dtype, device: torch.dev
         where |= dict.fromkeys(tensors, name)
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return path
+
+
+def write_tokenizer(path: Path, vocab_size: int) -> None:
+    """A tokenizer whose words are t0, t1 and so on."""
+    vocabulary = {f"t{number}": number for number in range(vocab_size)}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}
+    tokenizer = {"version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": {"type": "Whitespace"}}
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
+    (path / "tokenizer.json").write_text(json.dumps(empty | tokenizer))
 
 
 def _drawn(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> torch.Tensor:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.gpu.folders import write_tokenizer
 from tests.kernels.backends import DEVICE
-from tests.tiny import make_folder
+from tests.tiny import make_model
 
 from common_platform.kernels import is_interpreted, runs_triton
 from servekit import LLM, SamplingParams
 
 pytestmark = pytest.mark.skipif(runs_triton(DEVICE) is not None, reason="triton does not run here")
 PROMPTS = [[5, 9, 200, 7], list(range(3, 40)), [77]]
+VOCAB = 300
 NUM_TOKENS = 6 if is_interpreted() else 32
 
 
@@ -32,7 +34,13 @@ def expected(folder, prompts, num_tokens):
 
 @pytest.fixture(scope="module", params=["llama", "mistral-window", "qwen3"])
 def folder(request, tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("models") / request.param, request.param, vocab_size=49152)
+    return write_model(tmp_path_factory.mktemp("models") / request.param, request.param)
+
+
+def write_model(path, kind):
+    make_model(kind, vocab_size=VOCAB).save_pretrained(path)
+    write_tokenizer(path, VOCAB)
+    return path
 
 
 def run(folder, prompts, params, **settings):
@@ -52,7 +60,7 @@ def test_greedy_tokens_of_triton_are_those_of_transformers(folder, chunk):
 
 def test_a_seed_draws_the_same_tokens_of_triton_alone_and_among_others(tmp_path):
     """Tokens stay on the device from step to step, and no other row changes them."""
-    path = make_folder(tmp_path / "model", "llama", vocab_size=49152)
+    path = write_model(tmp_path / "model", "llama")
     drawn = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, seed=11, max_tokens=4, ignore_eos=True)
     other = SamplingParams(temperature=0.8, seed=3, max_tokens=2, ignore_eos=True, frequency_penalty=0.5)
     alone = run(path, PROMPTS[:1], [drawn])

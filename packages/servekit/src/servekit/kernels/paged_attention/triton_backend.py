@@ -295,8 +295,9 @@ def paged_attention(
         return out
     config = tuned("paged_attention_prefill", PREFILL, head_dim=width, groups=groups)
     most = (128 if width <= 128 else 64) if query.dtype != torch.float32 else 16
-    block_m = min(max(triton.next_power_of_2(rows.max_count * groups), 16, triton.next_power_of_2(groups)), most)
-    tiles = rows.tiles_of(max(block_m // groups, 1), query.device)
+    block_m = min(triton.next_power_of_2(rows.max_count * groups), most)
+    block_m = max(block_m, 16, triton.next_power_of_2(groups))  # a tile holds one token's heads at the least
+    tiles = rows.tiles_of(block_m // groups, query.device)
     _launch(query, cache, rows, tiles, out, None, scale, soft_cap, sinks, kv_scales, block_m, 1, config)
     return out
 
