@@ -13,7 +13,6 @@ does not take the others along; a phase that fails is in the JSON with its outpu
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -48,8 +47,9 @@ def main() -> int:
     parser.add_argument("--page", nargs="+", type=Path, metavar="JSON", help="make docs/benchmarks/gpu.md and stop")
     parser.add_argument("--phase", choices=list(PHASES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if importlib.util.find_spec("msgspec") is None:
+    if not has_msgspec():
         sys.path.append(str(BARE))
+        os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(BARE)])
     if arguments.page:
         from tests.gpu.page import write_page
 
@@ -59,6 +59,14 @@ def main() -> int:
         print("\n" + json.dumps(run_phase(arguments.phase, is_dry=arguments.dry_run)))
         return 0
     return run_all(arguments)
+
+
+def has_msgspec() -> bool:
+    try:
+        import msgspec  # noqa: F401
+    except ModuleNotFoundError:
+        return False
+    return True
 
 
 def run_all(arguments: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ from servekit.execution.executor import (
     resident_memory,
     total_memory,
 )
+from servekit.kernels.choice import GPU
 from servekit.sampling.parameters import SamplingParams
 
 PROBE_TOLERANCE = {"float32": 2e-3}  # nats; trainer and server sum in another order
@@ -116,7 +117,7 @@ class EngineCore:
         """Bytes for keys and values: as told, or what is left of the share once the weights are there."""
         if config.kv_cache_memory_bytes is not None:
             return config.kv_cache_memory_bytes
-        if self.executor.device.type == "cuda":
+        if self.executor.platform.name in GPU:
             share = config.gpu_memory_utilization or DEFAULT_UTILIZATION
             return self.executor.profile(share, config.max_num_batched_tokens, config.max_num_seqs).for_cache
         free = available_memory()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -31,28 +31,29 @@ class DeviceMemory(Protocol):
     def reset_peak(self) -> None: ...
 
 
-class CudaMemory:
-    """Of one CUDA or ROCm device."""
+class TorchMemory:
+    """Of one device whose allocator torch has: CUDA, ROCm, XPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._torch: Any = getattr(torch, device.type)
 
     def total(self) -> int:
-        return int(torch.cuda.mem_get_info(self._device)[1])
+        return int(self._torch.mem_get_info(self._device)[1])
 
     def free(self) -> int:
-        torch.cuda.empty_cache()
-        return int(torch.cuda.mem_get_info(self._device)[0])
+        self._torch.empty_cache()
+        return int(self._torch.mem_get_info(self._device)[0])
 
     def allocated(self) -> int:
-        return int(torch.cuda.memory_allocated(self._device))
+        return int(self._torch.memory_allocated(self._device))
 
     def peak(self) -> int:
-        torch.cuda.synchronize(self._device)
-        return int(torch.cuda.max_memory_allocated(self._device))
+        self._torch.synchronize(self._device)
+        return int(self._torch.max_memory_allocated(self._device))
 
     def reset_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self._device)
+        self._torch.reset_peak_memory_stats(self._device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from common_platform.platforms import Platform, detect
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import KVGroup, ModelFacts
 from servekit.core.plan import StepPlan, StepResult
-from servekit.execution.device_memory import CudaMemory, DeviceMemory, MemoryProfile, profile_memory
+from servekit.execution.device_memory import DeviceMemory, MemoryProfile, TorchMemory, profile_memory
 from servekit.execution.draft_model import DraftModelProposer
 from servekit.execution.graphs import CudaRecorder, Recorder
 from servekit.execution.model_runner import GrammarOf, ModelRunner, largest_step, score
@@ -153,7 +153,7 @@ class InProcessExecutor:
         """
         step = partial(largest_step, self.model, max_num_tokens, max_num_seqs, self.dtype, self.device, self.kernels)
         return profile_memory(
-            memory or CudaMemory(self.device), lambda: self._thread.submit(step).result(), utilization
+            memory or TorchMemory(self.device), lambda: self._thread.submit(step).result(), utilization
         )
 
     def _native_reason(self, folder: ModelFolder) -> str | None:

@@ -20,7 +20,7 @@ from servekit.core.facts import KVGroup
 from servekit.kernels.paged_attention.metadata import AttentionMetadata, PagedRows, paged_metadata, to_device
 from servekit.layers.attention import StepInputs
 
-MAX_PIECEWISE_TOKENS = 512
+PIECEWISE_TOKENS = (8, 16, 32, 64, 128, 192, 256, 384, 512)  # few: each is as many recordings as there are layers
 WARM_UPS = 2  # runs before one is recorded: kernels are compiled, libraries make their workspaces
 
 
@@ -75,8 +75,8 @@ class GraphSizes:
 
     @classmethod
     def up_to(cls, max_rows: int, max_tokens: int) -> GraphSizes:
-        """Powers of two at first, then steps that waste an eighth at most."""
-        return cls(decode=buckets(max_rows), piecewise=buckets(min(max_tokens, MAX_PIECEWISE_TOKENS)))
+        """Decode: powers of two at first, then steps that waste little."""
+        return cls(decode=buckets(max_rows), piecewise=tuple(size for size in PIECEWISE_TOKENS if size <= max_tokens))
 
 
 def buckets(most: int) -> tuple[int, ...]:
