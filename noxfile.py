@@ -91,6 +91,33 @@ def slow(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-m", "slow", "--timeout", "3600", *session.posargs)
 
 
+OTHER_CLIENTS = {
+    "litellm": ["litellm"],
+    "langchain": ["langchain-openai"],
+    "lm-eval": ["lm_eval[api]", "transformers"],
+}
+
+
+@nox.session
+def clients(session: nox.Session) -> None:
+    """LiteLLM, LangChain, lm-eval and vLLM's benchmark client, each in an environment of its own, against a server."""
+    install(session, *REAL_MODEL, *TEST_NEEDS, "virtualenv")
+    folder = Path(session.create_tmp())
+    for name, needs in OTHER_CLIENTS.items():
+        session.run("virtualenv", "--quiet", str(folder / name))
+        pip = (str(folder / name / "bin" / "python"), "-m", "pip", "install", "--quiet")
+        session.run(*pip, "-c", str(CONSTRAINTS), *needs, external=True)
+    session.run("python", "-m", "pytest", "tests/clients", *session.posargs, env={"CLIENTS": str(folder.resolve())})
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """A server under 100,000 requests: it must not grow."""
+    install(session, *REAL_MODEL, *TEST_NEEDS, *TEST_EXTRAS)
+    env = {"SOAK_REQUESTS": os.environ.get("SOAK_REQUESTS", "100000"), "OMP_NUM_THREADS": "1"}
+    session.run("python", "-m", "pytest", "-s", "tests/servekit/server/test_soak.py", "--timeout", "7200", env=env)
+
+
 @nox.session
 def sanitize(session: nox.Session) -> None:
     """The C++ kernels under the sanitizers of addresses and undefined behaviour."""

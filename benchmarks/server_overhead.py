@@ -31,6 +31,7 @@ from streams import ask_all, post
 
 STREAMS = (1, 16, 64, 128)
 TOKENS = 128
+DTYPE = "float32"
 START_LIMIT_S = 300.0
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 FIGURES = ("tokens_s", "cpu_us_a_token", "first_token_ms", "client_cpu_us_a_token", "arrivals_a_token")
@@ -145,14 +146,14 @@ def _requests(streams: int, turn: int) -> list[bytes]:
     return [post("/v1/completions", asked | {"prompt": f"{turn} words of number {i}"}) for i in range(streams)]
 
 
-def start_ours(folder: Path) -> Server:
+def start_ours(folder: Path, *flags: str) -> Server:
     command = [sys.executable, "-m", "servekit.cli", "serve", str(folder), "--served-model-name", "tiny"]
-    return Server([*command, "--dtype", "float32", "--max-num-seqs", "128", "--log-level", "warning"])
+    return Server([*command, *(flags or ("--dtype", DTYPE, "--max-num-seqs", "128", "--log-level", "warning"))])
 
 
 def start_vllm(python: Path, folder: Path) -> Server:
     module = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "tiny"]
-    more = ["--dtype", "float32", "--max-num-seqs", "128", "--max-model-len", "512", "--enforce-eager"]
+    more = ["--dtype", DTYPE, "--max-num-seqs", "128", "--max-model-len", "512", "--enforce-eager"]
     quiet = ["--disable-log-stats", "--uvicorn-log-level", "warning"]
     return Server([str(python), *module, *more, *quiet], {"VLLM_CPU_KVCACHE_SPACE": "1"})
 
