@@ -118,12 +118,20 @@ def test_lm_eval(server: ServerProcess, model: Path, tmp_path: Path, kind: str, 
 def test_vllms_own_benchmark_client(
     server: ServerProcess, model: Path, tmp_path: Path, backend: str, path: str
 ) -> None:
-    vllm = ROOT / ".peers" / "vllm" / "bin" / "vllm"
+    vllm = ROOT / ".peers" / "vllm" / "bin" / "python"
     if not vllm.exists():
         pytest.skip("vllm is not installed: nox -s peers -- vllm does it")
     flags = ["--backend", backend, "--base-url", server.url, "--endpoint", path, "--model", "M", "--ignore-eos"]
     random = ["--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "8", "--num-prompts", "6"]
     saved = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "r.json", "--tokenizer", str(model)]
-    run(str(vllm), "bench", "serve", *flags, *random, *saved, "--percentile-metrics", "ttft,tpot,itl,e2el")
+    run(
+        str(vllm),
+        str(HERE / "ask_vllm_bench.py"),
+        *flags,
+        *random,
+        *saved,
+        "--percentile-metrics",
+        "ttft,tpot,itl,e2el",
+    )
     found = json.loads((tmp_path / "r.json").read_text())
     assert (found["completed"], found["total_output_tokens"]) == (6, 48)
