@@ -85,6 +85,13 @@ def gpu(session: nox.Session) -> None:
 
 
 @nox.session
+def loggers(session: nox.Session) -> None:
+    """The loggers of services whose libraries are heavy: MLflow in a local store, W&B offline."""
+    install(session, "pytest", "pytest-timeout", "mlflow-skinny", "wandb", packages=("common-platform", "trainkit"))
+    session.run("python", "-m", "pytest", "tests/trainkit/test_service_loggers.py", *session.posargs)
+
+
+@nox.session
 def slow(session: nox.Session) -> None:
     """The tests that take minutes each."""
     install(session, *REAL_MODEL, *TEST_NEEDS, *CLIENTS, *TEST_EXTRAS, *TRAIN_EXTRAS, *KERNEL_NEEDS)

@@ -51,7 +51,7 @@ ARGUMENTS = [
     ("logger", [3], "Logger"),
     ("plugins", "fast", "Precision"),
     ("num_nodes", 2, "torchrun"),
-    ("profiler", "simple", "torch.profiler"),
+    ("profiler", "slow", "simple.*advanced.*pytorch"),
     ("sync_batchnorm", True, "configure_model"),
     ("reload_dataloaders_every_n_epochs", 1, "in this version"),
     ("model_registry", "x", "in this version"),

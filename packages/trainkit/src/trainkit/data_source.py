@@ -69,10 +69,15 @@ class DataSource:
         if self._given.get(stage) is not None:
             return self._given[stage]
         name = f"{LOADER_OF[stage]}_dataloader"
-        if self._datamodule is not None and is_written(self._datamodule, DataModule, name):
-            return getattr(self._datamodule, name)()
-        if is_written(self._module, TrainModule, name):
-            return getattr(self._module, name)()
+        try:
+            if self._datamodule is not None and is_written(self._datamodule, DataModule, name):
+                return getattr(self._datamodule, name)()
+            if is_written(self._module, TrainModule, name):
+                return getattr(self._module, name)()
+        except ValueError as error:
+            if not str(error).startswith("batch_size should be"):  # torch's own words
+                raise
+            raise ConfigError("batch_size", str(error).rpartition("=")[2], "a whole number, >= 1") from error
         return None
 
     def _prepared(self, loader: Any, stage: str) -> Any:

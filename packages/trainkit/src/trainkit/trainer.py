@@ -44,6 +44,8 @@ from trainkit.loop.optimization import parameters_of
 from trainkit.loop.results import Results
 from trainkit.module import TrainModule
 from trainkit.optimizers import ManagedOptimizer, SchedulerSetup, understand
+from trainkit.profilers import Profiler, make_profiler
+from trainkit.profilers.attach import attach, attach_to_loop
 from trainkit.signals import heeding
 from trainkit.stage import Stage
 from trainkit.strategies import Strategy, make_strategy
@@ -78,6 +80,7 @@ class Trainer:
         benchmark: let cuDNN look for the fastest algorithms.
         inference_mode: evaluate in torch's inference mode; False: without gradients only.
         use_distributed_sampler: split the loaders' samples over ranks.
+        profiler: "simple", "advanced", "pytorch", or a ``Profiler``: where the time goes.
         detect_anomaly: find the operation that made a gradient NaN; slow.
         barebones: nothing beside the loop: no loggers, checkpoints, progress, sanity check.
         plugins: a ``Precision``, in place of ``precision``; a ``CheckpointIO``, such as ``AsyncCheckpointIO``.
@@ -127,7 +130,7 @@ class Trainer:
         benchmark: bool | None = None,
         inference_mode: bool = True,
         use_distributed_sampler: bool = True,
-        profiler: Any = None,
+        profiler: Profiler | str | None = None,
         detect_anomaly: bool = False,
         barebones: bool = False,
         plugins: Any = None,
@@ -141,7 +144,6 @@ class Trainer:
     ) -> None:
         refuse(
             {
-                "profiler": (profiler, None, "use torch.profiler around fit"),
                 "sync_batchnorm": (sync_batchnorm, False, "convert the module in configure_model"),
                 "model_registry": (model_registry, None, "there is none"),
                 "num_nodes": (num_nodes, 1, "start the nodes with torchrun"),
@@ -217,6 +219,8 @@ class Trainer:
         self._overflows = 0  # steps in a row that were skipped
         self.own_callbacks = self.callbacks  # without those of a module
         self.is_nested = False  # a short run in the middle of another Trainer's
+        self.profiler = make_profiler(profiler)
+        attach(self, self.profiler)
 
     # --- what runs ---
 
@@ -367,9 +371,11 @@ class Trainer:
         try:
             configured = model.configure_optimizers()
         except ValueError as error:
-            if "empty parameter list" not in str(error):
-                raise
-            raise ConfigError("optimizer", "0 parameters", "some to train: model.parameters()") from error
+            if "empty parameter list" in str(error):
+                raise ConfigError("optimizer", "0 parameters", "some to train: model.parameters()") from error
+            if "learning rate" in str(error):
+                raise ConfigError("lr", str(error).rpartition(": ")[2], "a finite number, 0 or more") from error
+            raise
         self.optimizers, self.schedulers = understand(configured)
         self.managed_optimizers = [ManagedOptimizer(one, self._make_step, model) for one in self.optimizers]
         trained = [p for one in self.optimizers for p in parameters_of(one)]
@@ -402,6 +408,7 @@ class Trainer:
         check_not_empty(loaders[0], "train")
         train = resumable(loaders[0])
         loop = FitLoop(self, train, self.loaders("validate") if self._validates() else [])
+        attach_to_loop(loop, self.profiler)
         loop.load_loader_state(self._resumed.pop("loader", {}))
         if "fit" in self._resumed:
             loop.load_state_dict(self._resumed.pop("fit"))
@@ -862,7 +869,11 @@ class Trainer:
         )
         self._clips = any(is_written(model, TrainModule, n) for n in ("configure_gradient_clipping", "clip_gradients"))
 
+        self.profiler.setup(stage, self.local_rank, self.log_dir)
+
     def leave_stage(self) -> None:
+        self.profiler.teardown(self._stage)
+        self.profiler.describe()
         self._stage = self._doing = None
         self.sanity_checking = False
 
