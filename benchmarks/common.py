@@ -51,16 +51,19 @@ class Report:
     def target(self, name: str, measured: float, op: str, target: float) -> None:
         self.targets.append(Target(name, _rounded(measured), target, op, OPS[op](measured, target)))
 
-    def finish(self, *, as_json: bool) -> None:
-        body = {
+    def body(self) -> dict[str, Any]:
+        """The object that ``finish`` prints."""
+        return {
             "commit": commit(),
             "machine": machine_facts(),
             "figures": self.figures,
             "targets": [asdict(t) for t in self.targets],
             "peers": self.peers,
         }
+
+    def finish(self, *, as_json: bool) -> None:
         if as_json:
-            print(json.dumps(body, indent=1))
+            print(json.dumps(self.body(), indent=1))
             return
         for name, value in self.figures.items():
             print(f"{name:<58} {value:>14,.6g}")

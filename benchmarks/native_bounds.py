@@ -15,9 +15,27 @@ import torch
 
 from servekit.kernels.native import Format, Pool, Program, Rows, native_library, pack
 
-BYTES = {"fp32": 4.0, "bf16": 2.0, "8-bit": 1.0, "4-bit": 0.625}  # of a weight
+BYTES = {"fp32": 4.0, "bf16": 2.0, "8-bit": 1.0, "4-bit": 0.625}  # of a layer's weight
+HEAD_BYTES = BYTES | {"4-bit": 1.0}  # of the vocabulary's: its errors are seen in every logit
 FORMATS = {"fp32": Format.F32, "bf16": Format.BF16, "8-bit": Format.I8, "4-bit": Format.I4}
 READ_BYTES = 1 << 29
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a token costs: weights that it is multiplied with, and numbers of each earlier token that it meets."""
+
+    layer_weights: int
+    head_weights: int  # only for tokens that are answered
+    kv_numbers: int  # of a token, keys and values of all layers
+    query_numbers: int  # of a token, all layers
+
+    def attention(self, keys: float) -> float:
+        """Operations of one token that looks at ``keys`` tokens."""
+        return 4.0 * self.query_numbers * keys
+
+
+SMOLLM2_135M = Shape(106_168_320, 28_311_552, 2 * 3 * 64 * 30, 9 * 64 * 30)
 
 
 @dataclass(frozen=True)
@@ -32,15 +50,20 @@ class Bounds:
             f"peak of {family}, GFLOP/s": peak / 1e9 for family, peak in self.peak.items()
         }
 
-    def tokens_per_second(self, family: str, workload: Any, parameters: int) -> float:
-        """Of a workload whose requests run together: each step reads all weights and multiplies each row with them."""
-        bytes_of_step, operations = parameters * BYTES[family], 2.0 * parameters
-        seconds = sum(map(len, workload.prompts)) * operations / self.peak[family]
-        if workload.shared:
-            seconds -= (len(workload.prompts) - 1) * workload.shared * operations / self.peak[family]
+    def tokens_per_second(self, family: str, workload: Any, shape: Shape) -> float:
+        """Of a workload whose requests run together: a step reads all weights and what it looks at of the cache."""
+        kv = "fp32" if family == "fp32" else "bf16"
+        prompts = [len(prompt) - workload.shared for prompt in workload.prompts]
+        prompts[0] += workload.shared
+        seen = sum(n * (len(p) - n / 2) for n, p in zip(prompts, workload.prompts, strict=True))
+        weights = shape.layer_weights * BYTES[family] + shape.head_weights * HEAD_BYTES[family]
+        linear = 2.0 * (shape.layer_weights * sum(prompts) + shape.head_weights * len(prompts)) / self.peak[family]
+        seconds = max(weights / self.read, linear + shape.attention(seen) / self.peak[kv])
         for step in range(1, max(workload.outputs)):
-            rows = sum(count > step for count in workload.outputs)
-            seconds += max(bytes_of_step / self.read, rows * operations / self.peak[family])
+            keys = [len(p) + step for p, n in zip(workload.prompts, workload.outputs, strict=True) if n > step]
+            read = weights + shape.kv_numbers * sum(keys) * BYTES[kv]
+            linear = 2.0 * len(keys) * (shape.layer_weights + shape.head_weights) / self.peak[family]
+            seconds += max(read / self.read, linear + shape.attention(sum(keys)) / self.peak[kv])
         return float(workload.tokens / seconds)
 
 

@@ -10,7 +10,7 @@ namespace servekit {
 
 constexpr int PANEL = 64;        // columns of a packed weight that lie together
 constexpr int I4_GROUP = 32;     // weights that share a scale and a lowest value
-constexpr int I8_GROUP = 64;     // activations that share a scale beside 8-bit weights
+constexpr int I8_UNIT = 64;      // to a multiple of which rows of 8-bit weights are padded
 constexpr int KEY_TILE = 128;    // keys that meet a tile of queries at a time
 constexpr int QUERY_ROWS = 64;   // of a tile of queries, all heads of a KV head counted; more if there are more heads
 constexpr int PARTIAL_EXTRA = 2; // behind a partial result: the highest score, and the sum

@@ -73,20 +73,19 @@ void i8_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first,
   const int groups = x.stride / x.group, used = w.k / x.group, quads = x.group / 4;
   const int8_t* values = static_cast<const int8_t*>(x.data) + static_cast<size_t>(first) * x.stride;
   const float* scales = x.scales + static_cast<size_t>(first) * groups;
-  const int32_t* totals = x.sums + static_cast<size_t>(first) * groups;
+  const int32_t* offsets = x.offsets + static_cast<size_t>(first) * groups;
   size_t step = 0;
   for (int g = 0; g < used; ++g) {
     vi dots[MR][NV];
     for (int r = 0; r < MR; ++r)  // weights are stored with 128 added: taken off here
-      for (int u = 0; u < NV; ++u) dots[r][u] = all_int(-128 * totals[r * groups + g]);
-    const int8_t* from = values + g * x.group;
-    for (int q = 0; q < quads; ++q, at += ROW, from += 4) {
+      for (int u = 0; u < NV; ++u) dots[r][u] = all_int(offsets[r * groups + g]);
+    for (int q = 0; q < quads; ++q, at += ROW, values += 4) {
       ahead.ask(step++);
       vu weights[NV];
       for (int u = 0; u < NV; ++u) weights[u] = load_words(at + u * VECTOR);
       for (int r = 0; r < MR; ++r)
         for (int u = 0; u < NV; ++u)
-          dots[r][u] = dot4<false>(dots[r][u], weights[u], from + static_cast<size_t>(r) * x.stride);
+          dots[r][u] = dot4<false>(dots[r][u], weights[u], values + static_cast<size_t>(r) * x.stride);
     }
     for (int r = 0; r < MR; ++r)
       for (int u = 0; u < NV; ++u) {
@@ -100,10 +99,10 @@ void i8_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first,
 // A group of 32 is 4 rows of bytes, each of two quads of 4-bit weights, and a row of its scales and lowest values.
 template <int MR, int NV>
 void i4_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first, float* out, Ahead ahead) {
-  const int groups = x.stride / x.group, used = w.k / I4_GROUP;
+  const int groups = x.stride / I4_GROUP, used = w.k / I4_GROUP;
   const int8_t* values = static_cast<const int8_t*>(x.data) + static_cast<size_t>(first) * x.stride;
   const float* scales = x.scales + static_cast<size_t>(first) * groups;
-  const int32_t* totals = x.sums + static_cast<size_t>(first) * groups;
+  const float* totals = x.sums + static_cast<size_t>(first) * groups;
   vf sums[MR][NV] = {};
   size_t step = 0;
   for (int g = 0; g < used; ++g) {
@@ -124,10 +123,8 @@ void i4_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first,
     for (int u = 0; u < NV; ++u) {
       const vu both = load_words(at + u * VECTOR);
       const vf scale = low_halves(both), lowest = high_halves(both);
-      for (int r = 0; r < MR; ++r) {
-        const float by = scales[r * groups + g], total = by * static_cast<float>(totals[r * groups + g]);
-        sums[r][u] = to_float(dots[r][u]) * scale * by + (lowest * total + sums[r][u]);
-      }
+      for (int r = 0; r < MR; ++r)
+        sums[r][u] = to_float(dots[r][u]) * scale * scales[r * groups + g] + (lowest * totals[r * groups + g] + sums[r][u]);
     }
     at += ROW;
   }

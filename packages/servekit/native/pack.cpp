@@ -51,7 +51,7 @@ void pack_bf16_pairs(const void* const* rows, int32_t k, int32_t padded, uint8_t
 }  // namespace
 
 int32_t padded_k(int32_t format, int32_t k) {
-  const int32_t unit = format == SK_F32 ? 1 : format == SK_BF16 ? 2 : format == SK_I8 ? I8_GROUP : I4_GROUP;
+  const int32_t unit = format == SK_F32 ? 1 : format == SK_BF16 ? 2 : format == SK_I8 ? I8_UNIT : I4_GROUP;
   return (k + unit - 1) / unit * unit;
 }
 

@@ -2,32 +2,54 @@
 
 namespace {
 
-inline void quantize(const float* x, int width, const sk_rows& out, int row) {
+// Numbers as they stand, and numbers as a norm makes them; `part` reads the last few of a row, zeros behind them.
+struct Plain {
+  const float* x;
+  vf at(int c) const { return load(x + c); }
+  vf part(int c, int count) const { return padded(x + c, count); }
+  static vf padded(const float* from, int count) {
+    alignas(64) float few[LANES] = {};
+    std::memcpy(few, from, static_cast<size_t>(count) * 4);
+    return load(few);
+  }
+};
+
+struct Normed {
+  const float *x, *weight;
+  float by;
+  vf at(int c) const { return load(x + c) * by * load(weight + c); }
+  vf part(int c, int count) const { return Plain::padded(x + c, count) * by * Plain::padded(weight + c, count); }
+};
+
+// To 8 bits, a scale for each group of columns.
+template <class Numbers>
+void quantize(const Numbers& numbers, int width, const sk_rows& out, int row) {
   int8_t* target = static_cast<int8_t*>(out.data) + static_cast<size_t>(row) * out.stride;
-  const int groups = out.stride / out.group;
-  for (int g = 0; g * out.group < width; ++g) {
-    const int first = g * out.group, count = width - first < out.group ? width - first : out.group;
-    alignas(64) float part[128];
-    for (int c = 0; c < out.group; c += LANES) store(part + c, vf{});
-    std::memcpy(part, x + first, static_cast<size_t>(count) * 4);
+  const auto at = [&](int c) {
+    return c + LANES <= width ? numbers.at(c) : c < width ? numbers.part(c, width - c) : vf{};
+  };
+  size_t place = static_cast<size_t>(row) * (out.stride / out.group);
+  for (int first = 0; first < width; first += out.group, ++place) {
     vf mosts = {}, broken = {};
-    for (int c = 0; c < out.group; c += LANES) {
-      const vf v = load(part + c);
+    for (int c = first; c < first + out.group; c += LANES) {
+      const vf v = at(c);
       mosts = larger(mosts, larger(v, -v));
       broken += v - v;  // NaN once there is a NaN or an infinity
     }
     const float most = highest(mosts), inverse = most > 0 ? 127.0f / most : 0.0f;
-    vi total = {};
-    const bool is_broken = sum(broken) != 0.0f;
-    for (int c = 0; c < out.group; c += LANES)
-      store_bytes(target + first + c, is_broken ? vf{} : load(part + c) * inverse, &total);
-    out.scales[static_cast<size_t>(row) * groups + g] = is_broken ? NAN : most / 127.0f;
-    out.sums[static_cast<size_t>(row) * groups + g] = sum(total);
+    const float scale = sum(broken) != 0.0f ? NAN : most / 127.0f;
+    vi totals = {};
+    for (int c = first; c < first + out.group; c += LANES)
+      store_bytes(target + c, scale == scale ? at(c) * inverse : vf{}, &totals);
+    const int32_t total = sum(totals);
+    out.scales[place] = scale;
+    out.sums[place] = scale * static_cast<float>(total);
+    out.offsets[place] = -128 * total;
   }
 }
 
 void convert(const float* x, int width, const sk_rows& out, int row) {
-  if (out.format == SK_I8) return quantize(x, width, out, row);
+  if (out.format == SK_I8) return quantize(Plain{x}, width, out, row);
   if (out.format == SK_BF16) {
     store_bf16(static_cast<uint16_t*>(out.data) + static_cast<size_t>(row) * out.stride, x, width);
   } else {
@@ -58,20 +80,11 @@ void norm(const float* x, const float* weight, float eps, const sk_rows& out, in
     scaled(x, weight, by, width, static_cast<float*>(out.data) + static_cast<size_t>(row) * out.stride);
     return;
   }
-  constexpr int PART = 1024;  // a multiple of every group
-  alignas(64) float part[PART];
-  for (int first = 0; first < width; first += PART) {
-    const int count = width - first < PART ? width - first : PART;
-    scaled(x + first, weight + first, by, count, part);
-    sk_rows rest = out;
-    const size_t size = out.format == SK_I8 ? 1 : 2;
-    rest.data = static_cast<uint8_t*>(out.data) + first * size;
-    if (out.format == SK_I8) {
-      rest.scales = out.scales + first / out.group;
-      rest.sums = out.sums + first / out.group;
-    }
-    convert(part, count, rest, row);
-  }
+  if (out.format == SK_I8) return quantize(Normed{x, weight, by}, width, out, row);
+  auto* target = static_cast<uint16_t*>(out.data) + static_cast<size_t>(row) * out.stride;
+  int c = 0;
+  for (; c + LANES <= width; c += LANES) store_bf16(target + c, load(x + c) * by * load(weight + c));
+  for (; c < width; ++c) target[c] = to_bf16(x[c] * by * weight[c]);
 }
 
 inline void copy_as(float* to, const float* from, int count) { std::memcpy(to, from, static_cast<size_t>(count) * 4); }

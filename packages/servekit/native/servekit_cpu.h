@@ -16,7 +16,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define SK_API_VERSION 1
+#define SK_API_VERSION 2
 #define SK_MAX_GROUPS 8
 
 typedef enum { SK_F32 = 0, SK_BF16 = 1, SK_I8 = 2, SK_I4 = 3 } sk_format;
@@ -25,12 +25,13 @@ typedef enum { SK_STORE = 0, SK_ADD = 1, SK_SWIGLU = 2 } sk_epilogue;
 typedef struct sk_pool sk_pool;
 typedef struct sk_program sk_program;
 
-/* Activations, one row a token; columns behind `cols` are zero. SK_I8 rows have a scale and a sum for each `group` of
- * columns, at row * (stride / group). */
+/* Activations, one row a token; columns behind `cols` are zero. SK_I8 rows have for each `group` of columns, at
+ * row * (stride / group): a scale, the sum of what the numbers stand for, and -128 times the sum of the numbers. */
 typedef struct {
   void* data;
   float* scales;
-  int32_t* sums;
+  float* sums;
+  int32_t* offsets;
   int32_t format;
   int32_t cols;
   int32_t stride; /* elements, a multiple of 64 */
@@ -45,7 +46,6 @@ typedef struct {
   int32_t format;
   int32_t n; /* packed columns, a multiple of 64 */
   int32_t k; /* padded, see sk_padded_k */
-  int32_t group;
 } sk_matrix;
 
 /* A layer's keys and values: key blocks, then value blocks, each [num_blocks][kv_heads][block_size * padded width]. */

@@ -14,7 +14,7 @@ from common_platform.errors import ConfigError
 from common_platform.logging import get_logger
 from servekit.kernels.native.memory import Arena
 
-API_VERSION = 1
+API_VERSION = 2
 MAX_GROUPS = 8
 PATH = Path(__file__).parent / "libservekit_cpu.so"
 
@@ -35,6 +35,7 @@ class CRows(Structure):
         ("data", c_void_p),
         ("scales", c_void_p),
         ("sums", c_void_p),
+        ("offsets", c_void_p),
         ("format", c_int32),
         ("cols", c_int32),
         ("stride", c_int32),
@@ -50,7 +51,6 @@ class CMatrix(Structure):
         ("format", c_int32),
         ("n", c_int32),
         ("k", c_int32),
-        ("group", c_int32),
     )
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from servekit.kernels.native.library import CMatrix, Format, Library, Pool
 
 PANEL = 64
-GROUPS = {Format.I8: 64, Format.I4: 32}  # activations that share a scale
+I8_GROUP = 64  # activations that share a scale beside weights of 8 bits
+I4_GROUP = 32  # weights, and the activations beside them, that share a scale
 HALF = PANEL // 2
 
 
@@ -74,7 +75,6 @@ def pack(
         format,
         len(rows),
         library.c.sk_padded_k(format, width),
-        GROUPS.get(format, PANEL),
     )
     return PackedWeight(matrix, format, width, data, scales, offsets)
 

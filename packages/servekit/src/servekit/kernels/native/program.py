@@ -14,7 +14,7 @@ from torch import Tensor
 
 from servekit.kernels.native.library import CCache, CRows, CStep, Format, Library, Pool
 from servekit.kernels.native.memory import aligned
-from servekit.kernels.native.packing import PANEL, PackedWeight
+from servekit.kernels.native.packing import I4_GROUP, I8_GROUP, PANEL, PackedWeight
 from servekit.kernels.paged_attention.metadata import StepRows
 
 NUMPY: dict[Format, np.dtype[Any]] = {
@@ -33,19 +33,23 @@ class Epilogue(IntEnum):
 
 
 class Rows:
-    """Activations, ``[capacity, cols]``; rows are padded with zeros to 64 numbers."""
+    """Activations, ``[capacity, cols]``; rows are padded with zeros to 64 numbers.
 
-    def __init__(self, capacity: int, cols: int, format: Format = Format.F32, group: int = PANEL) -> None:
+    Args:
+        group: how many columns of I8 rows share a scale.
+    """
+
+    def __init__(self, capacity: int, cols: int, format: Format = Format.F32, group: int = I8_GROUP) -> None:
         self.cols = cols
         self.format = format
         self.stride = -(-cols // PANEL) * PANEL
         kind = NUMPY[format]
         self._data = aligned(capacity * self.stride * kind.itemsize).view(kind).reshape(capacity, self.stride)
-        parts = (capacity, self.stride // group) if format is Format.I8 else (0, 0)
-        self._scales, self._sums = np.zeros(parts, np.float32), np.zeros(parts, np.int32)
-        self.c = CRows(
-            self._data.ctypes.data, self._scales.ctypes.data, self._sums.ctypes.data, format, cols, self.stride, group
-        )
+        groups = (capacity, self.stride // group) if format is Format.I8 else (0, 0)
+        self._scales, self._sums = np.zeros(groups, np.float32), np.zeros(groups, np.float32)
+        self._offsets = np.zeros(groups, np.int32)
+        parts = (self._data, self._scales, self._sums, self._offsets)
+        self.c = CRows(*(part.ctypes.data for part in parts), format, cols, self.stride, group)
 
     def tensor(self) -> Tensor:
         """``[capacity, cols]`` float32, a view."""
@@ -54,7 +58,8 @@ class Rows:
     @classmethod
     def input_of(cls, weight: PackedWeight, library: Library, capacity: int) -> Rows:
         """Rows in the format that ``weight``'s product reads."""
-        return cls(capacity, weight.in_features, library.input_format(weight.format), weight.matrix.group)
+        group = I4_GROUP if weight.format is Format.I4 else I8_GROUP
+        return cls(capacity, weight.in_features, library.input_format(weight.format), group)
 
 
 @dataclass(frozen=True, slots=True)
