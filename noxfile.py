@@ -141,6 +141,14 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
+def neon(session: nox.Session) -> None:
+    """The C++ kernels for 64-bit Arm, on an emulated one: wants g++-aarch64-linux-gnu and qemu-user."""
+    install(session, *TEST_NEEDS)
+    env = {"SERVEKIT_NEEDS_CROSS_TOOLS": "1"}  # a session whose tools are missing fails; a test run goes without
+    session.run("python", "-m", "pytest", "tests/servekit/kernels/test_native_interface.py", "-m", "", env=env)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Format, lint, and the layering of the packages."""
     session.install("--quiet", "-c", str(CONSTRAINTS), "ruff", "import-linter")

@@ -1,7 +1,7 @@
 """What a machine could do: bytes read and operations a second, measured with the kernels' own instructions.
 
 The bound of a step is the larger of bytes / bandwidth and operations / peak. The bandwidth is that of reading memory
-larger than the caches; the peak is a product small enough to stay in the nearest cache.
+larger than the caches; the peak is of multiplications of numbers that stay in registers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from servekit.kernels.native import Format, Pool, Program, Rows, native_library, pack
+from servekit.kernels.native import Format, Pool, native_library
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "8-bit": 1.0, "4-bit": 0.625}  # of a layer's weight
 HEAD_BYTES = BYTES | {"4-bit": 1.0}  # of the vocabulary's: its errors are seen in every logit
@@ -95,13 +95,8 @@ def _read(threads: int) -> float:
 
 
 def _peak(library: Any, pool: Pool, format: Format) -> float:
-    """Of rows enough to hide everything else, with a weight that stays in the caches."""
-    rows, width, out = 960, 512, 512
-    weight = pack(library, pool, format, [torch.randn(out, width)])
-    x, y = Rows.input_of(weight, library, rows), Rows(rows, out)
-    program = Program(library, pool)
-    for _ in range(8):
-        program.linear(x, weight, y)
-    blank = torch.zeros(rows, width)
-    taken = _best(lambda: program.run_rows(blank), 15)
-    return 8 * 2.0 * rows * width * out / taken
+    """Of the instructions that products with such weights are made of, on numbers that stay in registers."""
+    rounds = 1 << 12
+    done: list[float] = []
+    taken = _best(lambda: done.append(library.c.sk_peak(pool.handle, format, rounds)), 15)
+    return done[0] / taken

@@ -31,7 +31,6 @@ SANITIZE = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 ISAS = {
-    "scalar": [],
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512_vnni": [*AVX512, "-mavx512vnni"],
@@ -48,21 +47,9 @@ def build(*, sanitize: bool = False) -> bool:
     if LIBRARY.exists() and STAMP.exists() and STAMP.read_text() == stamp:
         return True
     flags = [*COMMON, *(SANITIZE if sanitize else [])]
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    isas = {name: extra for name, extra in ISAS.items() if is_x86 or name == "scalar"}
     with TemporaryDirectory(prefix="servekit-native-") as folder:
-        jobs = [(name, [*extra, f"-DSK_NAME={name}"], NATIVE / "isa.cpp") for name, extra in isas.items()]
-        jobs += [(name, [], NATIVE / f"{name}.cpp") for name in ("pool", "pack", "program")]
-
-        def compile_one(job: tuple[str, list[str], Path]) -> str:
-            name, extra, source = job
-            made = str(Path(folder, f"{name}.o"))
-            _run([compiler, *flags, *extra, "-c", str(source), "-o", made])
-            return made
-
         try:
-            with ThreadPoolExecutor(os.cpu_count()) as workers:
-                objects = list(workers.map(compile_one, jobs))
+            objects = compile_objects(compiler, Path(folder), flags)
             made = Path(folder, LIBRARY.name)
             link = ["-static-libstdc++", "-static-libgcc"] if sys.platform == "linux" and not sanitize else []
             _run([compiler, *flags, "-shared", "-o", str(made), *objects, *link])
@@ -73,6 +60,24 @@ def build(*, sanitize: bool = False) -> bool:
         LIBRARY.with_suffix(".new").replace(LIBRARY)  # a process that has the old one mapped keeps it
     STAMP.write_text(stamp)
     return True
+
+
+def compile_objects(compiler: str, folder: Path, flags: list[str]) -> list[str]:
+    """One object for each instruction set of the processor that ``compiler`` compiles for, and the rest."""
+    machine = subprocess.run([compiler, "-dumpmachine"], check=True, capture_output=True, text=True).stdout
+    is_x86, is_arm = machine.startswith(("x86_64", "amd64")), machine.startswith(("aarch64", "arm64"))
+    isas: dict[str, list[str]] = {"neon" if is_arm else "scalar": []} | (ISAS if is_x86 else {})
+    jobs = [(name, [*extra, f"-DSK_NAME={name}"], NATIVE / "isa.cpp") for name, extra in isas.items()]
+    jobs += [(name, [], NATIVE / f"{name}.cpp") for name in ("pool", "pack", "program")]
+
+    def compile_one(job: tuple[str, list[str], Path]) -> str:
+        name, extra, source = job
+        made = str(folder / f"{name}.o")
+        _run([compiler, *flags, *extra, "-c", str(source), "-o", made])
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        return list(workers.map(compile_one, jobs))
 
 
 def _run(command: list[str]) -> None:

@@ -12,6 +12,7 @@ using servekit::PARTIAL_EXTRA;
 using servekit::Scratch;
 
 constexpr float NOTHING = -INFINITY;
+constexpr int FEW_ROWS = 16;
 constexpr int TILE_VECTORS = LANES == 16 ? 4 : 2;  // of a tile of 6 rows
 
 // Scores of `rows` queries and LANES * NV keys; a vector of keys begins at each of `keys`, `step` bytes a depth.
@@ -116,8 +117,8 @@ class QueryTile {
  public:
   using Value = typename D::Value;
 
-  QueryTile(const Attention& op, const AttentionTask& task, Scratch scratch)
-      : op_(op), task_(task), groups_(op.heads / op.cache.kv_heads), rows_(groups_ * task.num_tokens),
+  QueryTile(const Attention& op, const AttentionTask& task, const AttentionTask* next, Scratch scratch)
+      : op_(op), task_(task), next_(next), groups_(op.heads / op.cache.kv_heads), rows_(groups_ * task.num_tokens),
         width_(op.cache.padded_dim), size_(op.cache.block_size) {
     uint8_t* at = scratch.data;
     auto take = [&](size_t bytes) {
@@ -165,9 +166,32 @@ class QueryTile {
       keys[b] = base + static_cast<size_t>(task_.table[first / size_ + b]) * block_bytes + task_.kv_head * head_bytes;
       values[b] = keys[b] + static_cast<size_t>(op_.cache.num_blocks) * block_bytes;
     }
+    const bool is_short = rows_ <= FEW_ROWS;  // memory is waited for: ask for what comes next while there is work
+    if (is_short) ask(values, num_blocks, head_bytes);
     score(keys, num_blocks);
+    if (is_short) ask_after(first + num_keys);
     for (int r = 0; r < rows_; ++r) weigh(r, first, num_keys);
     use(values, num_keys);
+  }
+
+  static void ask(const uint8_t* const* parts, int count, size_t bytes) {
+    for (int i = 0; i < count; ++i)
+      for (size_t at = 0; at < bytes; at += LINE) __builtin_prefetch(parts[i] + at, 0, 2);
+  }
+
+  // The keys that are looked at after this tile: of this task, or the first ones of the next.
+  void ask_after(int64_t first) {
+    const AttentionTask* task = first < task_.last_key ? &task_ : next_;
+    if (!task) return;
+    if (task == next_) first = task->first_key;
+    const size_t head_bytes = static_cast<size_t>(size_) * width_ * (D::DEPTH == 2 ? 2 : 4);
+    const auto* base = static_cast<const uint8_t*>(op_.cache.data);
+    const int64_t last = first + KEY_TILE < task->last_key ? first + KEY_TILE : task->last_key;
+    for (int64_t key = first; key < last; key += size_) {
+      const size_t block = static_cast<size_t>(task->table[key / size_]) * op_.cache.kv_heads + task->kv_head;
+      const uint8_t* at = base + block * head_bytes;
+      ask(&at, 1, head_bytes);
+    }
   }
 
   void score(const uint8_t* const* blocks, int num_blocks) {
@@ -278,14 +302,15 @@ class QueryTile {
  private:
   const Attention& op_;
   const AttentionTask& task_;
+  const AttentionTask* next_;
   const int groups_, rows_, width_, size_;
   float *scores_, *out_, *highest_, *total_;
   Value *weights_, *queries_;
 };
 
-void attention(const Attention& op, const AttentionTask& task, Scratch scratch) {
-  if (op.cache.format == SK_F32) QueryTile<F32>(op, task, scratch).run();
-  else QueryTile<BF16>(op, task, scratch).run();
+void attention(const Attention& op, const AttentionTask& task, const AttentionTask* next, Scratch scratch) {
+  if (op.cache.format == SK_F32) QueryTile<F32>(op, task, next, scratch).run();
+  else QueryTile<BF16>(op, task, next, scratch).run();
 }
 
 // Puts the parts of one token's context together; the parts of a KV head stand one after the other.

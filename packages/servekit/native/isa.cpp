@@ -21,7 +21,7 @@ namespace servekit {
 
 const Kernels SK_JOIN(SK_NAME, _kernels) = {
     SK_TEXT(SK_NAME), sizeof(BF16::Value) == 2, linear, norm, convert, rotary, attention, combine, argmax,
-    pack_i8, pack_i4,
+    pack_i8, pack_i4, peak,
 };
 
 }  // namespace servekit

@@ -59,18 +59,24 @@ struct Kernels {
   void (*norm)(const float* x, const float* weight, float eps, const sk_rows& out, int row);
   void (*convert)(const float* x, int width, const sk_rows& out, int row);
   void (*rotary)(const Rotary& op, int token, int64_t position, const int32_t* table, bool is_last);
-  void (*attention)(const Attention& op, const AttentionTask& task, Scratch scratch);
+  // `next`: the task that this thread will come to, or null.
+  void (*attention)(const Attention& op, const AttentionTask& task, const AttentionTask* next, Scratch scratch);
   void (*combine)(const Attention& op, const float* partials, int splits, int64_t token, int kv_head);
   void (*argmax)(const float* x, int64_t cols, int64_t* id, float* highest);
   void (*pack_i8)(const float* row, int k, int column, uint8_t* panel, float* scale);
   void (*pack_i4)(const float* row, int k, int column, uint8_t* panel);
+  double (*peak)(int format, int rounds, float* out);  // operations done; `out` [16]
 };
 
 const Kernels& kernels();  // those selected
 
 size_t attention_scratch(const Attention& op);
 
+#if defined(__aarch64__)
+extern const Kernels neon_kernels;
+#else
 extern const Kernels scalar_kernels;
+#endif
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels, avx512_kernels, avx512_vnni_kernels, avx512_bf16_kernels;
 #endif

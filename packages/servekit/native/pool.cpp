@@ -1,13 +1,38 @@
 #include "pool.h"
 
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
 namespace servekit {
 
 namespace {
+
 constexpr int SPINS_BEFORE_SLEEP = 4000;
+
+// Keeps the calling thread on the `index`th of the cores that the process may use; no more than a wish.
+void stay_on(int index) {
+#if defined(__linux__)
+  cpu_set_t may, one;
+  CPU_ZERO(&one);
+  if (sched_getaffinity(0, sizeof may, &may) != 0 || CPU_COUNT(&may) <= index) return;
+  for (int cpu = 0, seen = 0; cpu < CPU_SETSIZE; ++cpu)
+    if (CPU_ISSET(cpu, &may) && seen++ == index) CPU_SET(cpu, &one);
+  pthread_setaffinity_np(pthread_self(), sizeof one, &one);
+#else
+  (void)index;
+#endif
 }
 
-Pool::Pool(int threads) : threads_(threads) {
-  for (int thread = 1; thread < threads_; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+}  // namespace
+
+Pool::Pool(int threads, bool pinned) : threads_(threads) {
+  for (int thread = 1; thread < threads_; ++thread)
+    workers_.emplace_back([this, thread, pinned] {
+      if (pinned) stay_on(thread);
+      work(thread);
+    });
 }
 
 Pool::~Pool() {

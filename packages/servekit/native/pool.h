@@ -36,7 +36,8 @@ void wait_until(Done done) {
 // share its work out by a counter, and must not need a certain number of threads.
 class Pool {
  public:
-  explicit Pool(int threads);
+  // pinned: each thread but the caller's stays on a core of its own, the caller's left free.
+  Pool(int threads, bool pinned);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;

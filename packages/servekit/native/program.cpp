@@ -38,7 +38,11 @@ std::vector<const Kernels*> supported() {
   if (avx512) found.push_back(&avx512_kernels);
   if (avx2) found.push_back(&avx2_kernels);
 #endif
+#if defined(__aarch64__)
+  found.push_back(&neon_kernels);
+#else
   found.push_back(&scalar_kernels);
+#endif
   return found;
 }
 
@@ -77,6 +81,7 @@ struct Operation {
   int64_t nanoseconds = 0;
 };
 
+constexpr int PEAK_PARTS = 64;
 constexpr int64_t SMALL_STEP = 1 << 19;  // multiplications, or numbers read: less is done before another thread wakes
 
 int share(int64_t count, int part) { return static_cast<int>((count + part - 1) / part); }
@@ -248,8 +253,9 @@ struct AttentionOperation final : Operation {
   Attention op;
   const AttentionPlan* plan;
   int tasks(const Context&) const override { return static_cast<int>(plan->work.size()); }
-  void run(const Context&, int task, int, Scratch scratch) const override {
-    kernels().attention(op, plan->work[task], scratch);
+  void run(const Context&, int task, int thread, Scratch scratch) const override {
+    const AttentionTask* next = task + 1 < shares[thread].last ? &plan->work[task + 1] : nullptr;
+    kernels().attention(op, plan->work[task], next, scratch);
   }
   size_t scratch() const override { return attention_scratch(op); }
 };
@@ -389,7 +395,7 @@ int32_t sk_input_format(int32_t weight_format) {
   return weight_format == SK_F32 ? SK_F32 : SK_I8;
 }
 
-sk_pool* sk_pool_new(int32_t threads) { return new sk_pool{Pool(threads)}; }
+sk_pool* sk_pool_new(int32_t threads, int32_t pinned) { return new sk_pool{Pool(threads, pinned != 0)}; }
 void sk_pool_free(sk_pool* pool) { delete pool; }
 
 int32_t sk_padded_k(int32_t format, int32_t k) { return padded_k(format, k); }
@@ -466,6 +472,21 @@ void sk_argmax(sk_pool* pool, const float* logits, int64_t rows, int64_t cols, i
   };
   if (rows * cols < SMALL_STEP) part(0);
   else pool->pool.run(part);
+}
+
+double sk_peak(sk_pool* pool, int32_t format, int32_t rounds) {
+  std::atomic<int> next{0};
+  std::atomic<double> all{0};
+  const auto part = [&](int) {
+    alignas(64) float out[16] = {};
+    for (int i = next++; i < PEAK_PARTS; i = next++) {
+      const double done = kernels().peak(format, rounds, out);
+      for (double before = all; !all.compare_exchange_weak(before, before + done);) {
+      }
+    }
+  };
+  pool->pool.run(part);
+  return all;
 }
 
 }  // extern "C"

@@ -82,7 +82,8 @@ const char* sk_selected(void);
 /* The format that activations must have for weights of `weight_format`. */
 int32_t sk_input_format(int32_t weight_format);
 
-sk_pool* sk_pool_new(int32_t threads);
+/* `pinned`: threads stay on cores of their own, the first of which is left to the caller; Linux only. */
+sk_pool* sk_pool_new(int32_t threads, int32_t pinned);
 void sk_pool_free(sk_pool* pool);
 
 int32_t sk_padded_k(int32_t format, int32_t k);
@@ -114,6 +115,10 @@ void sk_add_attention(sk_program* program, const sk_rows* queries, int32_t heads
 /* The largest of each row and where it is first; NaN where a row holds one. */
 void sk_argmax(sk_pool* pool, const float* logits, int64_t rows, int64_t cols, int64_t stride, int64_t* ids,
                float* highest);
+
+/* Multiplies and adds numbers that stay in registers, 64 times `rounds`; how many operations that were. What a product
+ * with weights of `format` could do at most. */
+double sk_peak(sk_pool* pool, int32_t format, int32_t rounds);
 
 #if defined(__GNUC__)
 #pragma GCC visibility pop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
@@ -89,7 +89,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "sk_select": (c_int32, [c_char_p]),
     "sk_selected": (c_char_p, []),
     "sk_input_format": (c_int32, [c_int32]),
-    "sk_pool_new": (c_void_p, [c_int32]),
+    "sk_pool_new": (c_void_p, [c_int32, c_int32]),
+    "sk_peak": (c_double, [c_void_p, c_int32, c_int32]),
     "sk_pool_free": (None, [c_void_p]),
     "sk_padded_k": (c_int32, [c_int32, c_int32]),
     "sk_packed_bytes": (c_int64, [c_int32, c_int32, c_int32]),
@@ -148,13 +149,16 @@ def native_library() -> Library | None:
 
 
 class Pool:
-    """Threads for one model's programs, which sleep between steps, and the memory of its packed weights."""
+    """Threads for one model's programs, which sleep between steps, and the memory of its packed weights.
+
+    With ``SERVEKIT_CPU_PIN=1`` they stay on cores of their own: for machines on which nothing else runs.
+    """
 
     def __init__(self, library: Library, num_threads: int) -> None:
         self._library = library
         self.num_threads = num_threads
         self.memory = Arena()
-        self.handle = library.c.sk_pool_new(num_threads)
+        self.handle = library.c.sk_pool_new(num_threads, os.environ.get("SERVEKIT_CPU_PIN") == "1")
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
