@@ -134,6 +134,15 @@ struct Convert final : RowOperation<4> {
   }
 };
 
+struct Sum final : RowOperation<16> {
+  sk_rows y, x;
+  void row(const Context&, int token) const override {
+    const float* from = static_cast<const float*>(y.data) + static_cast<size_t>(token) * y.stride;
+    float* to = static_cast<float*>(x.data) + static_cast<size_t>(token) * x.stride;
+    for (int d = 0; d < x.cols; ++d) to[d] += from[d];
+  }
+};
+
 struct Linear final : Operation {
   sk_rows x, out;
   sk_matrix weight;
@@ -437,6 +446,11 @@ void sk_add_norm(sk_program* program, const sk_rows* x, const float* weight, flo
 void sk_add_convert(sk_program* program, const sk_rows* x, int32_t width, const sk_rows* out) {
   auto& op = program->add<Convert>();
   op.x = x ? *x : sk_rows{}, op.width = width, op.out = *out;
+}
+
+void sk_add_sum(sk_program* program, const sk_rows* y, const sk_rows* x) {
+  auto& op = program->add<Sum>();
+  op.y = *y, op.x = *x;
 }
 
 void sk_add_linear(sk_program* program, const sk_rows* x, const sk_matrix* weight, int32_t epilogue,

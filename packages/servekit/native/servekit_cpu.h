@@ -103,6 +103,8 @@ void sk_profile(sk_program* program, int64_t* out);
 void sk_add_embed(sk_program* program, const void* table, int32_t format, int32_t width, const sk_rows* out);
 void sk_add_norm(sk_program* program, const sk_rows* x, const float* weight, float eps, const sk_rows* out);
 void sk_add_convert(sk_program* program, const sk_rows* x_or_null, int32_t width, const sk_rows* out);
+/* x += y; both SK_F32. */
+void sk_add_sum(sk_program* program, const sk_rows* y, const sk_rows* x);
 void sk_add_linear(sk_program* program, const sk_rows* x, const sk_matrix* weight, int32_t epilogue,
                    const sk_rows* out);
 /* Turns queries and keys, and writes keys and values to their blocks. `angles` is [positions][head_dim]: the cosines of

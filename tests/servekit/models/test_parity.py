@@ -15,8 +15,10 @@ from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.request import Request
 from servekit.core.scheduler import Scheduler
 from servekit.execution.executor import ExecutorConfig, InProcessExecutor
+from servekit.kernels.native import Format, Pool, native_library
 from servekit.layers.weights import Weights
 from servekit.models.llama import Llama
+from servekit.models.native_llama import NativeLlama
 from servekit.sampling.parameters import SamplingParams
 
 
@@ -114,15 +116,20 @@ class Rank:
         return torch.cat(self._exchange(self.rank, tensor), dim=dim)
 
 
-def test_two_ranks_together_are_the_model(tmp_path_factory):
+@pytest.mark.parametrize("kernels", ["reference", "native"])
+def test_two_ranks_together_are_the_model(tmp_path_factory, kernels):
     import threading
+
+    library = native_library()
+    if kernels == "native" and library is None:
+        pytest.skip("the CPU kernels were not built")
 
     path = folder_of(tmp_path_factory, "llama-bias")
     barrier = threading.Barrier(2, timeout=60)
     slots: list = [None, None]
 
     def exchange(rank, tensor):
-        slots[rank] = tensor
+        slots[rank] = tensor.clone()  # the model may write to its own once this returns
         barrier.wait()
         both = list(slots)
         barrier.wait()
@@ -138,9 +145,12 @@ def test_two_ranks_together_are_the_model(tmp_path_factory):
 
         folder = open_model_folder(path)
         weights = Weights(folder, torch.float32, torch.device("cpu"), Rank(rank, exchange))
-        model = Llama(weights, 64)
-        assert model.layers[0].heads == 2
-        assert model.layers[0].gate_up.weight.shape == (96, 64)
+        if kernels == "native":
+            model = NativeLlama(weights, 64, library, Pool(library, 1), Format.F32)
+        else:
+            model = Llama(weights, 64)
+            assert model.layers[0].gate_up.weight.shape == (96, 64)
+        assert model.attentions[0].heads == 2
         found[rank] = score(model, list(range(3, 40)), 16, torch.device("cpu"))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
@@ -149,7 +159,8 @@ def test_two_ranks_together_are_the_model(tmp_path_factory):
     for thread in threads:
         thread.join(60)
     assert found[0] == found[1]
-    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected), rtol=0, atol=1e-5)
+    allowed = 1e-5 if kernels == "reference" else 1e-4
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected), rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The Llama family on the C++ kernels: recorded once as a program, replayed by one call a step.
 
-What flows between the layers is float32; weights are float32, bfloat16, or 8 or 4 bits wide.
+What flows between the layers is float32; weights are float32, bfloat16, or 8 or 4 bits wide. Of several tensor-parallel
+ranks each has its heads and its columns, and the program is cut where their sums meet.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from common_platform.artifact import ModelFolder
 from servekit.kernels.native import Cache, Epilogue, Format, Library, PackedWeight, Program, Rows, pack
 from servekit.kernels.native.library import Pool
 from servekit.layers.attention import Attention, StepInputs
+from servekit.layers.parallel import shard, share
 from servekit.layers.rotary import inverse_frequencies
 from servekit.layers.weights import Weights
 from servekit.models.llama import LlamaConfig, kv_groups_of
@@ -51,7 +53,7 @@ class Operand:
 
 
 class NativeLlama:
-    """A ``CausalModel``: what ``models.llama.Llama`` computes, for one rank on a CPU.
+    """A ``CausalModel``: what ``models.llama.Llama`` computes, this rank's shard of it, on a CPU.
 
     Args:
         format: of the weights of linear layers; with 4 bits the vocabulary's matrix has 8.
@@ -61,15 +63,18 @@ class NativeLlama:
     def __init__(self, weights: Weights, max_positions: int, library: Library, pool: Pool, format: Format) -> None:
         self._library, self._pool = library, pool
         self._weights = weights
+        self._ranks = weights.ranks
         self._format = format
         config = LlamaConfig.read(weights.folder)
+        self._heads = share("num_attention_heads", config.num_heads, self._ranks)
+        self._kv_heads = share("num_key_value_heads", config.num_kv_heads, self._ranks)
         self.config = config
         self.vocab_size = config.vocab_size
         self.kv_groups = kv_groups_of(config.windows)
         group_of = {layer: i for i, group in enumerate(self.kv_groups) for layer in group.layers}
         padded = -(-config.head_dim // HEAD_UNIT) * HEAD_UNIT
         self.attentions = [
-            Attention(config.num_heads, config.num_kv_heads, padded, scale=config.head_dim**-0.5, group=group_of[layer])
+            Attention(self._heads, self._kv_heads, padded, scale=config.head_dim**-0.5, group=group_of[layer])
             for layer in range(config.num_layers)
         ]
         self._load(weights)
@@ -94,6 +99,7 @@ class NativeLlama:
         self._layers = [self._read_layer(index) for index in range(config.num_layers)]
         self._norm = self._vector("model.norm.weight", hidden)
         head = self._table if config.tied else weights.read("lm_head.weight", (config.vocab_size, hidden))
+        head = shard(head, 0, self._ranks)
         format = Format.I8 if self._format is Format.I4 else self._format  # errors here are seen in every logit
         self._head = pack(self._library, self._pool, format, [head])
 
@@ -108,19 +114,31 @@ class NativeLlama:
             self._vector(f"{at}.input_layernorm.weight", hidden),
             self._linear(qkv, hidden, bias=config.qkv_bias),
             (self._vector(norms[0], width), self._vector(norms[1], width)) if config.qk_norm else None,
-            self._linear({f"{at}.self_attn.o_proj": hidden}, outs[0], bias=config.out_bias),
+            self._row_linear(f"{at}.self_attn.o_proj", outs[0], bias=config.out_bias),
             self._vector(f"{at}.post_attention_layernorm.weight", hidden),
             self._linear(mlp, hidden, bias=config.mlp_bias, gated=True),
-            self._linear({f"{at}.mlp.down_proj": hidden}, config.intermediate_size, bias=config.mlp_bias),
+            self._row_linear(f"{at}.mlp.down_proj", config.intermediate_size, bias=config.mlp_bias),
         )
 
     def _vector(self, name: str, size: int) -> Tensor:
         return self._weights.read(name, (size,)).float().contiguous()
 
     def _linear(self, outs: dict[str, int], width: int, *, bias: bool, gated: bool = False) -> PackedWeight:
-        parts = [self._weights.read(f"{name}.weight", (out, width)) for name, out in outs.items()]
-        offsets = [self._weights.read(f"{name}.bias", (out,)) for name, out in outs.items()] if bias else []
+        """Matrices that read the same input: this rank's rows of each."""
+
+        def rows(whole: Tensor) -> Tensor:
+            return shard(whole, 0, self._ranks)
+
+        parts = [self._weights.read(f"{name}.weight", (out, width), rows) for name, out in outs.items()]
+        offsets = [self._weights.read(f"{name}.bias", (out,), rows) for name, out in outs.items()] if bias else []
         return pack(self._library, self._pool, self._format, parts, offsets, gated=gated)
+
+    def _row_linear(self, name: str, width: int, *, bias: bool) -> PackedWeight:
+        """A matrix that reads what the ranks have made: this rank's columns, and the bias once."""
+        out = self.config.hidden_size
+        part = self._weights.read(f"{name}.weight", (out, width), lambda whole: shard(whole, 1, self._ranks))
+        offsets = [self._weights.read(f"{name}.bias", (out,))] if bias and self._ranks.rank == 0 else []
+        return pack(self._library, self._pool, self._format, [part], offsets)
 
     def forward(self, step: StepInputs) -> Tensor:
         """The last hidden states, ``[tokens, hidden]`` float32: valid until the next call."""
@@ -128,7 +146,11 @@ class NativeLlama:
         cache = self.attentions[0].cache
         if self._recorded_for is None or self._recorded_for[0] is not cache or self._recorded_for[1] < tokens:
             self._record(max(SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length()))
-        self._program.run(step.token_ids, step.positions, step.rows)
+        for program in self._programs[:-1]:
+            program.run(step.token_ids, step.positions, step.rows)
+            mine = self._partial[:tokens]
+            mine.copy_(self._ranks.all_reduce(mine))
+        self._programs[-1].run(step.token_ids, step.positions, step.rows)
         return self._hidden[:tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -136,12 +158,13 @@ class NativeLlama:
         if len(hidden) > len(self._logits):
             self._record_head(1 << (len(hidden) - 1).bit_length())
         self._head_program.run_rows(hidden)
-        return self._logits[: len(hidden)]
+        mine = self._logits[: len(hidden)]
+        return mine if self._ranks.world_size == 1 else self._ranks.all_gather(mine, dim=-1)
 
     def _record_head(self, capacity: int) -> None:
         program = Program(self._library, self._pool)
         x = Rows.input_of(self._head, self._library, capacity)
-        out = Rows(capacity, self.vocab_size)
+        out = Rows(capacity, share("vocab_size", self.vocab_size, self._ranks))
         program.convert(None, self.config.hidden_size, x)
         program.linear(x, self._head, out)
         self._head_program, self._logits = program, out.tensor()
@@ -149,28 +172,41 @@ class NativeLlama:
     def _record(self, capacity: int) -> None:
         """The operations of a step of up to ``capacity`` tokens, on the caches that are bound now."""
         config, library, eps = self.config, self._library, self.config.eps
-        program = Program(library, self._pool)
         first = self._layers[0]
         is_low = self.attentions[0].cache.dtype == torch.bfloat16
         padded = self.attentions[0].head_dim
         x, hidden = Rows(capacity, config.hidden_size), Rows(capacity, config.hidden_size)
+        partial = Rows(capacity, config.hidden_size)
         normed = Rows.input_of(first.qkv, library, capacity)
-        qkv = Rows(capacity, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
-        queries = Rows(capacity, config.num_heads * padded, library.input_format(Format.BF16 if is_low else Format.F32))
+        qkv = Rows(capacity, (self._heads + 2 * self._kv_heads) * config.head_dim)
+        queries = Rows(capacity, self._heads * padded, library.input_format(Format.BF16 if is_low else Format.F32))
         attended = Operand(Rows.input_of(first.out, library, capacity), capacity)
         inner = Operand(Rows.input_of(first.down, library, capacity), capacity)
-        program.embed(self._table, x)
+        programs = [Program(library, self._pool)]
+
+        def add_to_x(operand: Operand, weight: PackedWeight) -> None:
+            """Where there are other ranks, their sums are added first: between two programs."""
+            if self._ranks.world_size == 1:
+                programs[-1].linear(operand.settled(programs[-1]), weight, x, Epilogue.ADD)
+                return
+            programs[-1].linear(operand.settled(programs[-1]), weight, partial)
+            programs.append(Program(library, self._pool))
+            programs[-1].add(partial, x)
+
+        programs[-1].embed(self._table, x)
         for layer, attention in zip(self._layers, self.attentions, strict=True):
             cache = Cache(attention.cache, config.head_dim, attention.group)
             window = self.kv_groups[attention.group].window
+            program = programs[-1]
             program.norm(x, layer.input_norm, eps, normed)
             program.linear(normed, layer.qkv, qkv)
-            program.rotary(qkv, config.num_heads, self._angles, layer.head_norms, eps, cache, queries)
-            program.attention(queries, config.num_heads, cache, attended.written, scale=attention.scale, window=window)
-            program.linear(attended.settled(program), layer.out, x, Epilogue.ADD)
+            program.rotary(qkv, self._heads, self._angles, layer.head_norms, eps, cache, queries)
+            program.attention(queries, self._heads, cache, attended.written, scale=attention.scale, window=window)
+            add_to_x(attended, layer.out)
+            program = programs[-1]
             program.norm(x, layer.post_norm, eps, normed)
             program.linear(normed, layer.gate_up, inner.written, Epilogue.SWIGLU)
-            program.linear(inner.settled(program), layer.down, x, Epilogue.ADD)
-        program.norm(x, self._norm, eps, hidden)
-        self._program, self._hidden = program, hidden.tensor()
+            add_to_x(inner, layer.down)
+        programs[-1].norm(x, self._norm, eps, hidden)
+        self._programs, self._hidden, self._partial = programs, hidden.tensor(), partial.tensor()
         self._recorded_for = (self.attentions[0].cache, capacity)

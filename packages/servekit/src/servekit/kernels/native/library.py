@@ -103,6 +103,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "sk_add_embed": (None, [c_void_p, c_void_p, c_int32, c_int32, ROWS]),
     "sk_add_norm": (None, [c_void_p, ROWS, c_void_p, c_float, ROWS]),
     "sk_add_convert": (None, [c_void_p, ROWS, c_int32, ROWS]),
+    "sk_add_sum": (None, [c_void_p, ROWS, ROWS]),
     "sk_add_linear": (None, [c_void_p, ROWS, MATRIX, c_int32, ROWS]),
     "sk_add_rotary": (None, [c_void_p, ROWS, c_int32, c_void_p, c_void_p, c_void_p, c_float, CACHE, ROWS]),
     "sk_add_attention": (None, [c_void_p, ROWS, c_int32, CACHE, c_float, c_float, c_int32, ROWS]),

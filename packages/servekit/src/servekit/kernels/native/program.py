@@ -113,6 +113,11 @@ class Program:
         self._c.sk_add_convert(self._handle, None if x is None else x.c, width, out.c)
         self._keep("convert", x, out)
 
+    def add(self, y: Rows, x: Rows) -> None:
+        """``x += y``, float32."""
+        self._c.sk_add_sum(self._handle, y.c, x.c)
+        self._keep("add", y, x)
+
     def linear(self, x: Rows, weight: PackedWeight, out: Rows, epilogue: Epilogue = Epilogue.STORE) -> None:
         self._c.sk_add_linear(self._handle, x.c, weight.matrix, epilogue, out.c)
         self._keep("linear", x, weight, out)
