@@ -44,16 +44,17 @@ def exact(x, experts, weights, gate_up, down, shared=None):
         if rounds:
             values, scales = quantize(row[None].to(x.dtype), torch.float8_e4m3fn, 128)
             row = (values.double() * scales.double().repeat_interleave(128, dim=1)[:, : len(row)])[0]
-        return matrix.double() @ row
+        return matrix @ row
 
+    whole = [[w.weight_of(expert).double() for w in (gate_up, down)] for expert in range(gate_up.shape[0])]
     out = torch.zeros(x.shape, dtype=torch.float64) if shared is None else shared.double().cpu()
     rounds = hasattr(gate_up, "parts")
     for token, slots in enumerate(experts.tolist()):
         for slot, expert in enumerate(slots):
             if 0 <= expert < gate_up.shape[0]:
-                gate, up = linear(x[token].double(), gate_up.weight_of(expert), rounds).chunk(2)
+                gate, up = linear(x[token].double(), whole[expert][0], rounds).chunk(2)
                 inner = (torch.nn.functional.silu(gate) * up).to(x.dtype).double()
-                out[token] += (linear(inner, down.weight_of(expert), rounds) * weights[token, slot].double()).cpu()
+                out[token] += (linear(inner, whole[expert][1], rounds) * weights[token, slot].double()).cpu()
     return out
 
 

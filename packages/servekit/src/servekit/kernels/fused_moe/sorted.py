@@ -31,17 +31,17 @@ def fused_moe(
     first = 0
     for expert, last in enumerate(ends[:num_experts]):
         if last > first:
-            results[first:last] = _swiglu(rows[first:last], gate_up, down, expert)
+            _swiglu(rows[first:last], gate_up, down, expert, results[first:last])
         first = last
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if shared is None else shared.float()
-    out = out.index_add(0, pairs // top_k, results.float() * weights.reshape(-1)[pairs, None])
-    return out.to(x.dtype)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    out.index_add_(0, pairs // top_k, results.float().mul_(weights.reshape(-1)[pairs, None]))
+    return (out if shared is None else out.add_(shared)).to(x.dtype)
 
 
-def _swiglu(rows: Tensor, gate_up: ExpertWeights, down: ExpertWeights, expert: int) -> Tensor:
+def _swiglu(rows: Tensor, gate_up: ExpertWeights, down: ExpertWeights, expert: int, out: Tensor) -> None:
     gate, up = (rows @ gate_up.weight_of(expert).to(rows.dtype).t()).chunk(2, dim=-1)
-    inner = _quantized_as(silu(gate) * up, down)
-    return inner @ down.weight_of(expert).to(rows.dtype).t()
+    inner = _quantized_as(silu(gate).mul_(up), down)
+    torch.mm(inner, down.weight_of(expert).to(rows.dtype).t(), out=out)
 
 
 def _quantized_as(x: Tensor, weights: ExpertWeights) -> Tensor:
