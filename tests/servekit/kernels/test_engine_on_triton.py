@@ -8,6 +8,7 @@ from tests.gpu.folders import write_tokenizer
 from tests.kernels.backends import DEVICE
 from tests.tiny import make_model
 
+from common_platform.errors import ConfigError
 from common_platform.kernels import is_interpreted, runs_triton
 from servekit import LLM, SamplingParams
 
@@ -67,3 +68,27 @@ def test_a_seed_draws_the_same_tokens_of_triton_alone_and_among_others(tmp_path)
     together = run(path, PROMPTS, [drawn, other, drawn])
     assert together[0] == alone[0]
     assert len(together[1]) == 2
+
+
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_keys_and_values_of_eight_bits_on_triton_leave_the_likely_tokens(tmp_path, stored):
+    """The first tokens after a prompt hardly change, and the cache holds more tokens in the same memory."""
+    path = write_model(tmp_path / "model", "llama")
+    params = SamplingParams(temperature=0, max_tokens=2, logprobs=5, ignore_eos=True)
+    answers = {}
+    for name in ("auto", stored):
+        with LLM(
+            path, kernels="triton", device=str(DEVICE), dtype="float32", max_model_len=64, kv_cache_dtype=name
+        ) as llm:
+            answers[name] = llm.generate([{"prompt_token_ids": PROMPTS[1]}], params)[0].outputs[0]
+    exact, low = (dict(answers[name].logprobs[0].top) for name in ("auto", stored))
+    assert answers["auto"].token_ids[0] in low
+    shared = set(exact) & set(low)
+    assert len(shared) >= 4
+    assert max(abs(exact[token] - low[token]) for token in shared) < 0.5
+
+
+def test_keys_and_values_of_eight_bits_need_kernels_that_read_them_as_triton_has(tmp_path):
+    path = write_model(tmp_path / "model", "llama")
+    with pytest.raises(ConfigError, match="kv_cache_dtype"):
+        LLM(path, kernels="reference", device="cpu", kv_cache_dtype="int8")

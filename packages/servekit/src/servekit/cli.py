@@ -57,6 +57,7 @@ ENGINE_HELP = {
     "scheduling_policy": "fcfs, priority or fair.",
     "device": "auto, cpu, cuda, cuda:1, xpu; auto takes a GPU where there is one.",
     "kernels": "native (C++, on a CPU), triton (on a GPU), reference (torch), or auto.",
+    "kv_cache_dtype": "auto, or fp8 or int8: keys and values of 8 bits, so that twice as many fit; on a GPU.",
     "enforce_eager": "Launch the kernels of a GPU one by one in place of recorded graphs; starts sooner, runs slower.",
     "quantization": "int8 or int4: weights of that many bits, activations of 8; on a CPU.",
     "deterministic": "Give a request the same tokens and logprobs whatever else is computed; slower.",

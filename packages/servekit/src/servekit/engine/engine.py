@@ -57,6 +57,7 @@ class EngineCore:
             deterministic=config.deterministic,
             kernels=config.kernels,
             enforce_eager=config.enforce_eager,
+            kv_cache_dtype=config.kv_cache_dtype,
             quantization=config.quantization,
         )
         self.executor = InProcessExecutor(config.model, executor)

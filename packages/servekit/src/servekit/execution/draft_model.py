@@ -59,7 +59,8 @@ class DraftModelProposer:
         if copies:
             pairs = torch.tensor([copy[1:] for copy in copies], device=self._device)
             for attention in self.attentions:
-                copy_blocks(attention.cache, pairs[:, 0], pairs[:, 1])
+                for cache in attention.caches:
+                    copy_blocks(cache, pairs[:, 0], pairs[:, 1])
 
     def computed(self, inputs: StepInputs) -> None:
         self.model.forward(StepInputs(inputs.token_ids, inputs.positions, inputs.rows, inputs.block_size))

@@ -35,6 +35,7 @@ from servekit.models.registry import CausalModel, architecture_of, model_class, 
 KERNELS = ("auto", "native", "reference", "triton")
 FORMATS = {"int8": "I8", "int4": "I4"}  # what --quantization makes of weights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 PROBE_BLOCK = 16
 SHORT_STEP_S = 5e-4
 
@@ -52,6 +53,7 @@ class ExecutorConfig:
     deterministic: bool = False  # the same bits whatever else is computed; in float32
     kernels: str = "auto"  # auto | native | reference | triton
     enforce_eager: bool = False  # no recorded graphs
+    kv_cache_dtype: str = "auto"  # auto: dtype | fp8 | int8, with a scale for each head of each token
     quantization: str | None = None  # int8 | int4, of the weights, with 8-bit activations
 
     def __post_init__(self) -> None:
@@ -61,6 +63,9 @@ class ExecutorConfig:
             raise ConfigError("kernels", self.kernels, f"one of {', '.join(KERNELS)}", flag="--kernels")
         if self.quantization not in (None, *FORMATS):
             raise ConfigError("quantization", self.quantization, f"one of {', '.join(FORMATS)}", flag="--quantization")
+        if self.kv_cache_dtype not in ("auto", *KV_DTYPES):
+            limit = f"one of auto, {', '.join(KV_DTYPES)}"
+            raise ConfigError("kv_cache_dtype", self.kv_cache_dtype, limit, flag="--kv-cache-dtype")
         if self.num_threads < 0:
             raise ConfigError("num_threads", self.num_threads, "0 or more", flag="--num-threads")
 
@@ -85,6 +90,7 @@ class InProcessExecutor:
         self._config = config
         self.kernels = self._kernels()
         self.dtype = self._dtype(config, self.folder)
+        self.kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, self.dtype)
         self._check()
         architecture = architecture_of(self.folder)
         made_for = self.folder.config_int("max_position_embeddings", high=1 << 26)
@@ -168,6 +174,9 @@ class InProcessExecutor:
 
     def _check(self) -> None:
         config, name = self._config, str(self.dtype).removeprefix("torch.")
+        if config.kv_cache_dtype != "auto" and self.kernels.rope_kv_write is None:
+            limit = "auto here: only the GPU's kernels read 8-bit keys and values"
+            raise ConfigError("kv_cache_dtype", config.kv_cache_dtype, limit, flag="--kv-cache-dtype")
         if config.deterministic and self.dtype != torch.float32:
             raise ConfigError("dtype", name, "float32, which deterministic needs", flag="--dtype")
         reason = "deterministic has its own" if config.deterministic else self._native_reason(self.folder)
@@ -220,7 +229,7 @@ class InProcessExecutor:
     def bytes_per_block(self, block_size: int) -> int:
         """Memory of one block of every group together."""
         attentions = [*self.model.attentions, *(self._proposer.attentions if self._proposer else [])]
-        return block_size * sum(attention.bytes_per_token(self.dtype) for attention in attentions)
+        return block_size * sum(attention.bytes_per_token(self.kv_dtype) for attention in attentions)
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """The logprob of each token after the first. Only before ``start``."""
@@ -235,12 +244,12 @@ class InProcessExecutor:
             grammar_of: makes the state of a structured output; None where no request asks for one.
         """
         if self._proposer:
-            self._proposer.bind(cache, scheduler.max_num_seqs, self.dtype, self.device)
+            self._proposer.bind(cache, scheduler.max_num_seqs, self.kv_dtype, self.device)
         self._runner = ModelRunner(
             self.model,
             cache,
             scheduler,
-            self.dtype,
+            self.kv_dtype,
             self.device,
             grammar_of,
             self._proposer,
@@ -284,7 +293,7 @@ class InProcessExecutor:
         """Give the cache back, at level 2 the weights too."""
         self._runner = None
         for attention in [*self.model.attentions, *(self._proposer.attentions if self._proposer else [])]:
-            attention.cache = torch.empty(0)
+            attention.release()
         if level == 2:
             del self.model
             self._proposer = None

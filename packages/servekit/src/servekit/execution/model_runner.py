@@ -207,7 +207,8 @@ class ModelRunner:
             pairs = torch.tensor([(source, target) for g, source, target in copies if g == group], device=self.device)
             for attention in self.model.attentions:
                 if attention.group == group:
-                    copy_blocks(attention.cache, pairs[:, 0], pairs[:, 1])
+                    for cache in attention.caches:
+                        copy_blocks(cache, pairs[:, 0], pairs[:, 1])
 
     def _sample(
         self, plan: StepPlan, step: StepArrays, hidden: Tensor, prompt_logprobs: dict[int, list[TokenLogprob]]
@@ -349,7 +350,7 @@ def largest_step(
     picked = hidden[torch.zeros(num_seqs, dtype=torch.int64, device=device)]
     torch.log_softmax(model.logits(picked), dim=-1)
     for attention in model.attentions:
-        attention.cache = torch.empty(0)
+        attention.release()
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ class OffloadStore:
     """
 
     def __init__(self, attentions: Sequence[Attention], num_slots: int, folder: str | None) -> None:
-        self._caches = [attention.cache for attention in attentions]
+        self._caches = [cache for attention in attentions for cache in attention.caches]
         shapes = [(2, num_slots, *cache.shape[2:]) for cache in self._caches]
         if folder is None:
             pin = any(cache.is_cuda for cache in self._caches)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from servekit.kernels.kv_write import kv_write
+from servekit.kernels.kv_write import kv_write, kv_write_quantized
 from servekit.kernels.paged_attention import AttentionMetadata, paged_attention
 from servekit.kernels.paged_attention.metadata import StepRows, build_metadata
 from servekit.kernels.rotary import apply_rotary
@@ -49,7 +49,7 @@ class StepInputs:
 
 
 class PagedAttention(Protocol):
-    """An implementation of ``servekit.kernels.paged_attention``."""
+    """An implementation of ``servekit.kernels.paged_attention``; those for a GPU take ``kv_scales`` as well."""
 
     def __call__(
         self, query: Tensor, cache: Tensor, metadata: AttentionMetadata, scale: float, soft_cap: float = 0.0
@@ -60,7 +60,15 @@ class RopeKVWrite(Protocol):
     """An implementation of ``servekit.kernels.rope_kv_write``."""
 
     def __call__(
-        self, qk: Tensor, value: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, places: Tensor
+        self,
+        qk: Tensor,
+        value: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        places: Tensor,
+        *,
+        kv_scales: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -95,17 +103,34 @@ class Attention:
         self.kernel = kernel
         self.rope_kv_write = rope_kv_write
         self.cache = torch.empty(0)
+        self.kv_scales: Tensor | None = None  # [2, num_blocks, block_size, kv_heads], of a cache of 8-bit numbers
 
     def bind(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (2, num_blocks, block_size, self.kv_heads, self.head_dim)
         self.cache = _zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
+        self.kv_scales = torch.zeros(shape[:4], device=device) if dtype.itemsize == 1 else None
+
+    @property
+    def caches(self) -> list[Tensor]:
+        """All tensors whose second dim is blocks: keys and values, and their scales where they have some."""
+        return [self.cache] if self.kv_scales is None else [self.cache, self.kv_scales]
+
+    def release(self) -> None:
+        """Give the cache's memory back."""
+        self.cache, self.kv_scales = torch.empty(0), None
+
     def bytes_per_token(self, dtype: torch.dtype) -> int:
-        return 2 * self.kv_heads * self.head_dim * dtype.itemsize
+        scale = 4 if dtype.itemsize == 1 else 0
+        return 2 * self.kv_heads * (self.head_dim * dtype.itemsize + scale)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, step: StepInputs) -> Tensor:
         """``query`` ``[tokens, heads, head_dim]``, ``key`` and ``value`` ``[tokens, kv_heads, head_dim]``."""
-        kv_write(self.cache, key, value, step.attention[self.group].write_places)
+        places = step.attention[self.group].write_places
+        if self.kv_scales is None:
+            kv_write(self.cache, key, value, places)
+        else:
+            kv_write_quantized(self.cache, self.kv_scales, key, value, places)
         return self._attend(query, step)
 
     def rotated(self, qk: Tensor, value: Tensor, angles: tuple[Tensor, Tensor], step: StepInputs) -> Tensor:
@@ -114,11 +139,15 @@ class Attention:
             turned = apply_rotary(qk, *angles)
             return self(turned[:, : self.heads], turned[:, self.heads :], value, step)
         places = step.attention[self.group].write_places
-        return self._attend(self.rope_kv_write(qk, value, *angles, self.cache, places), step)
+        query = self.rope_kv_write(qk, value, *angles, self.cache, places, kv_scales=self.kv_scales)
+        return self._attend(query, step)
 
     def _attend(self, query: Tensor, step: StepInputs) -> Tensor:
+        kernel: Callable[..., Tensor] = self.kernel
+        scales = {} if self.kv_scales is None else {"kv_scales": self.kv_scales}
+
         def attend() -> Tensor:
-            return self.kernel(query, self.cache, step.attention[self.group], self.scale, self.soft_cap)
+            return kernel(query, self.cache, step.attention[self.group], self.scale, self.soft_cap, **scales)
 
         return step.apart(attend) if step.apart else attend()
 

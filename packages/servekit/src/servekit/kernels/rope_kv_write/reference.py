@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from servekit.kernels.kv_write.reference import kv_write
+from servekit.kernels.kv_write.reference import kv_write, kv_write_quantized
 from servekit.kernels.rotary.reference import apply_rotary
 
 
@@ -39,11 +38,5 @@ def rope_kv_write(
     if kv_scales is None:
         kv_write(cache, key, value, places)
         return query
-    limit = 127.0 if cache.dtype == torch.int8 else float(torch.finfo(cache.dtype).max)
-    for half, scales, new in zip(cache, kv_scales, (key.float(), value.float()), strict=True):
-        step = new.abs().amax(dim=-1).clamp(min=1e-10) / limit
-        numbers = new / step[..., None]
-        numbers = numbers.round() if cache.dtype == torch.int8 else numbers
-        half.view(-1, *half.shape[2:])[places] = numbers.to(cache.dtype)
-        scales.view(-1, kv_heads)[places] = step
+    kv_write_quantized(cache, kv_scales, key, value, places)
     return query
