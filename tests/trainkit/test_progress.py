@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import termios
 import time
 
+import torch
 from tests.trainkit.tiny import Regression, child_environment, loaders, trainer
 
 from trainkit.callbacks import ProgressBar
@@ -70,3 +72,20 @@ def _read_until(descriptor: int, done, limit_s: float) -> bytes:
     while select.select([descriptor], [], [], 0.2)[0]:
         text += os.read(descriptor, 65536)
     return text
+
+
+def test_lines_tell_the_throughput_and_the_time_left(tmp_path, capfd):
+    train, val = loaders()
+    trainer(tmp_path, max_epochs=2, callbacks=[ProgressBar(plain_every_s=0)]).fit(Regression(), train, val)
+    lines = [line for line in capfd.readouterr().err.splitlines() if " step 8 " in line]
+    assert re.search(r" \d[\d.e+]* samples/s left=\d:\d\d:\d\d$", lines[0])
+
+
+def test_tokens_are_counted_without_padding():
+    bar = ProgressBar()
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    bar._count({"input_ids": torch.zeros(2, 3), "attention_mask": mask})
+    assert bar._items == 3
+    bar._count({"input_ids": torch.zeros(1, 7)})
+    assert bar._items == 10
+    assert bar._throughput().endswith("tokens/s")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections.abc import Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from trainkit.callbacks.base import Callback
+from trainkit.loop.results import batch_size_of
 
 if TYPE_CHECKING:
     from trainkit.module import TrainModule
@@ -20,7 +25,10 @@ BAR_EVERY_S = 0.1
 
 
 class ProgressBar(Callback):
-    """Steps, loss, learning rate and the metrics logged with ``prog_bar=True``, on stderr.
+    """Steps, time left, loss, learning rate, throughput and the metrics logged with ``prog_bar=True``, on stderr.
+
+    Throughput is of this rank: in tokens a second where batches hold ``input_ids`` (padding, as ``attention_mask`` has
+    it, is not counted), else in samples a second.
 
     Args:
         plain_every_s: seconds between lines where stderr is not a terminal.
@@ -33,12 +41,18 @@ class ProgressBar(Callback):
         self._task = TaskID(0)
         self._line_at = 0.0
         self._is_shown = True
+        self._items = 0  # tokens or samples since the last look
+        self._unit = "samples/s"
+        self._looked_at = 0.0
+        self._began_at, self._began_with = 0.0, 0
+        self._total: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: TrainModule, stage: str) -> None:
         self._is_shown = trainer.is_global_zero
 
     def on_train_start(self, trainer: Trainer, pl_module: TrainModule) -> None:
-        self._line_at = time.monotonic()
+        self._line_at = self._looked_at = self._began_at = time.monotonic()
+        self._items, self._began_with, self._total = 0, trainer.global_step, _total_steps(trainer)
         if not self._console.is_terminal or not self._is_shown:
             return
         columns = (
@@ -50,12 +64,14 @@ class ProgressBar(Callback):
         )
         self._bar = Progress(*columns, console=self._console, transient=False, refresh_per_second=4)
         self._bar.start()
-        total = trainer.limits.max_steps if trainer.limits.max_steps > 0 else None
-        self._task = self._bar.add_task("training", total=total, completed=trainer.global_step, metrics="")
+        self._task = self._bar.add_task("training", total=self._total, completed=trainer.global_step, metrics="")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: TrainModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if not self._is_shown:
+            return
+        self._count(batch)
         now = time.monotonic()
         if now - self._line_at < (BAR_EVERY_S if self._bar is not None else self._plain_every_s):
             return
@@ -69,17 +85,43 @@ class ProgressBar(Callback):
         if trainer.is_fitting and not trainer.sanity_checking and self._bar is None:
             self._line(trainer)
 
+    def _count(self, batch: Any) -> None:
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if not isinstance(ids, Tensor):
+            self._items += batch_size_of(batch)
+            return
+        mask = batch.get("attention_mask")
+        seen = mask if isinstance(mask, Tensor) and mask.is_cpu and mask.ndim == 2 else None
+        self._items += ids.numel() if seen is None else int(seen.sum())
+        self._unit = "tokens/s"
+
+    def _throughput(self) -> str:
+        """Since it was asked for last."""
+        now = time.monotonic()
+        rate = self._items / max(now - self._looked_at, 1e-9)
+        self._items, self._looked_at = 0, now
+        return f"{rate:.4g} {self._unit}"
+
+    def _time_left(self, trainer: Trainer) -> str:
+        done = trainer.global_step - self._began_with
+        if self._total is None or done < 1:
+            return ""
+        left = (time.monotonic() - self._began_at) / done * max(self._total - trainer.global_step, 0)
+        return f" left={timedelta(seconds=round(left))}"
+
     def _metrics(self, trainer: Trainer) -> str:
         shown = {} if trainer.last_loss is None else {"loss": float(trainer.last_loss)}
         shown |= {"lr": trainer.learning_rate} if trainer.optimizers else {}
         shown |= trainer.results.progress_bar_metrics
-        return " ".join(f"{name}={value:.4g}" for name, value in shown.items())
+        found = " ".join(f"{name}={value:.4g}" for name, value in shown.items())
+        return f"{found} {self._throughput()}" if self._items else found
 
     def _line(self, trainer: Trainer) -> None:
         self._line_at = time.monotonic()
         if not self._is_shown:
             return
-        print(f"epoch {trainer.current_epoch} step {trainer.global_step} {self._metrics(trainer)}", file=sys.stderr)
+        about = f"{self._metrics(trainer)}{self._time_left(trainer)}"
+        print(f"epoch {trainer.current_epoch} step {trainer.global_step} {about}", file=sys.stderr)
 
     def _stop(self) -> None:
         if self._bar is not None:
@@ -93,6 +135,12 @@ class ProgressBar(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: TrainModule, exception: BaseException) -> None:
         self._stop()
+
+
+def _total_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole run, where something says how many they are."""
+    total = trainer.estimated_stepping_batches
+    return None if math.isinf(total) else int(total)
 
 
 class RichProgressBar(ProgressBar):
