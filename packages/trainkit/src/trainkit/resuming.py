@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common_platform.errors import CheckpointCorrupt, CheckpointIncomplete, ConfigError
+from common_platform.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointVersionError, ConfigError
 from trainkit import checkpoint, slurm
 from trainkit.ranks import rank_zero_info, rank_zero_warn
 
@@ -61,7 +61,7 @@ def _last_valid(trainer: Trainer) -> tuple[Path | None, dict[str, Any] | None]:
         try:
             found = (path, checkpoint.load_any(path))
             break
-        except (CheckpointCorrupt, CheckpointIncomplete) as error:
+        except (CheckpointCorrupt, CheckpointIncomplete, CheckpointVersionError) as error:
             problem = problem or error
             rank_zero_warn(f"{path.name} is damaged and left out: {error}")
     trainer.strategy.broadcast_plain(None if found[0] is None else str(found[0]))

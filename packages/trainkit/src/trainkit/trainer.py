@@ -549,7 +549,7 @@ class Trainer:
             self.should_stop = bool(self.strategy.reduce(wish, "max") > 0)
 
     def without_gradients(self) -> Any:
-        return inference(self._inference_mode)
+        return inference(self._inference_mode and self.precision_plugin.allows_inference_mode)
 
     def keep_modes(self) -> None:
         """Remember which layers are in train mode."""

@@ -155,7 +155,8 @@ def manifest_of(path: Path) -> Manifest:
     except ArtifactVersionError as error:
         raise CheckpointVersionError(error.param, error.value, error.limit) from error
     except ArtifactError as error:
-        raise CheckpointCorrupt(error.param, error.value, error.limit) from error
+        where = str(error.param) if MANIFEST in str(error.param) else f"{MANIFEST} {error.param}"
+        raise CheckpointCorrupt(where, error.value, error.limit) from error
 
 
 def undo_killed_saves(folder: Path) -> None:

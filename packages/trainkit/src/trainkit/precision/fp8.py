@@ -28,6 +28,8 @@ class FP8Precision(MixedPrecision):
         DeviceError: the device does not multiply in float8, and ``emulate`` is False.
     """
 
+    allows_inference_mode = False  # torchao's tensors cannot be converted in it
+
     def __init__(self, device: torch.device, *, emulate: bool = False) -> None:
         super().__init__("fp8", torch.bfloat16)
         if find_spec("torchao") is None:

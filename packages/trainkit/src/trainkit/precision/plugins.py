@@ -20,6 +20,7 @@ class Precision:
     """Full precision: the module's weights as they are."""
 
     name = "32-true"
+    allows_inference_mode = True  # or evaluations need torch.no_grad
 
     @property
     def compute_dtype(self) -> torch.dtype:
