@@ -50,11 +50,15 @@ class Batches:
 
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--stall", action="store_true", help="measure what a save costs a step, in this process")
     parser.add_argument("--side", choices=SIDES, help="measure one side in this process, and print microseconds")
     args = parser.parse_args()
     steps, rounds = (400, 3) if args.quick else (2000, 7)
     if args.side:
         print(json.dumps(measure(args.side, steps, rounds)))
+        return
+    if args.stall:
+        print(json.dumps(stall_of_a_save()))
         return
     report = Report()
     added = {}
@@ -74,6 +78,10 @@ def main() -> None:
     report.figure("import_torch_s", imports["torch"])
     report.figure("import_trainkit_s", imports["trainkit"])
     report.target("import trainkit over import torch", imports["trainkit"] / imports["torch"], "<=", 1.2)
+    stall = json.loads(_run_here("--stall"))
+    for name, value in stall.items():
+        report.figure(name, value)
+    report.target("stall of a step by a save that is written later", stall["async_save_stall_share"], "<=", 0.05)
     report.target("Trainer to first step, ms", report.figures["trainkit full_first_step_ms"], "<=", 50.0)
     report.finish(as_json=args.json)
 
@@ -94,6 +102,85 @@ def _in_its_own_process(side: str, quick: bool, report: Report) -> dict[str, flo
             [str(python), "-c", asked], capture_output=True, text=True, timeout=60, check=True
         ).stdout.strip()
     return found
+
+
+def _run_here(*flags: str) -> str:
+    """The last line of this script with ``flags``, in a process of its own."""
+    command = [sys.executable, __file__, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    return done.stdout.splitlines()[-1]
+
+
+def stall_of_a_save(steps: int = 24, every: int = 6) -> dict[str, float]:
+    """What a save costs the loop, as a share of a step: the time that ``save_checkpoint`` holds it up, median over saves.
+
+    A transformer of 4 layers, 256 dims and 8 sequences of 256 tokens, AdamW, on one thread: 12 bytes of state a
+    parameter. Beside it the same with a save that is written at once, and steps while a checkpoint is being written.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    work = import_module("trainkit")
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for name, plugins in (("save_now", None), ("async_save", [work.plugins.AsyncCheckpointIO()])):
+            held, plain, beside = _saves(work, plugins, steps, every)
+            found[f"{name}_holds_up_ms"] = held * 1e3
+            found[f"{name}_stall_share"] = held / plain
+            found[f"{name}_step_beside_writing_over_plain_step"] = beside / plain
+            found[f"{name}_plain_step_ms"] = plain * 1e3
+        os.chdir(Path(__file__).parent)
+    return found
+
+
+def _saves(library: Any, plugins: Any, steps: int, every: int) -> tuple[float, float, float]:
+    """Seconds: that a save holds up the loop, of a step long after a save, of the step right after one."""
+    import torch
+    from torch import nn
+
+    width, length, rows = 256, 256, 8
+
+    class Model(library.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
+            self.net = nn.Sequential(nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), nn.Linear(width, 1))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+    class Times(library.Callback):  # type: ignore[misc, name-defined]
+        keeps_checkpoints = True
+        held: list[float] = []
+        after: list[float] = []
+        later: list[float] = []
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            ended = time.perf_counter()
+            place = trainer.global_step % every
+            if trainer.global_step > every:
+                (self.after if place == 1 else self.later if place in (0, every - 1) else []).append(ended - self.began)
+            if place == 0:
+                trainer.save_checkpoint(Path(f"step{trainer.global_step}"))
+                self.held.append(time.perf_counter() - ended)
+
+    times = Times()
+    times.held, times.after, times.later = [], [], []
+    batches = [torch.randn(rows, length, width)] * steps
+    trainer = library.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=True, callbacks=[times], plugins=plugins,
+        enable_progress_bar=False,
+    )  # fmt: skip
+    trainer.fit(Model(), batches)
+    return median(times.held), median(times.later), median(times.after)
 
 
 def _import_s(name: str) -> float:

@@ -103,6 +103,7 @@ def main() -> None:
         found["unequal"] += not is_same(the_end_of(root), whole)
         found["debris"] += len(list((root / "checkpoints").glob(".*")))
         shutil.rmtree(root)
+        print(json.dumps(found), file=sys.stderr, flush=True)
     print(json.dumps(found))
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common_platform.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointVersionError, ConfigError
+from common_platform.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointIncomplete,
+    CheckpointVersionError,
+    ConfigError,
+)
 from trainkit import checkpoint, slurm
 from trainkit.ranks import rank_zero_info, rank_zero_warn
 
@@ -33,7 +39,7 @@ def find(trainer: Trainer, ckpt_path: str | Path | None) -> tuple[str | Path | N
         return None, None
     match str(ckpt_path):
         case "last":
-            path = checkpoint.find_last(trainer.checkpoint_dir)
+            path = _last(trainer.checkpoint_dir)
         case "last-valid":
             return _last_valid(trainer)
         case "best":
@@ -41,6 +47,24 @@ def find(trainer: Trainer, ckpt_path: str | Path | None) -> tuple[str | Path | N
         case _:
             path = Path(ckpt_path)
     return (None, None) if path is None else (path, checkpoint.load_any(path))
+
+
+def _last(folder: Path) -> Path | None:
+    """The newest in ``folder``, where links lead to neighbours and to nothing else.
+
+    Raises:
+        CheckpointIncomplete: a link leads to a checkpoint that is gone.
+        CheckpointError: one leads out of ``folder``.
+    """
+    for link in folder.iterdir() if folder.is_dir() else ():
+        if not link.is_symlink():
+            continue
+        target = f"{link.name} -> {link.readlink()}"
+        if link.resolve().parent != folder.resolve():
+            raise CheckpointError("ckpt_path", target, "a link to a checkpoint beside it")
+        if not link.exists():
+            raise CheckpointIncomplete("ckpt_path", target, "a link to a checkpoint that is there")
+    return checkpoint.find_last(folder)
 
 
 def _best(trainer: Trainer) -> Path:

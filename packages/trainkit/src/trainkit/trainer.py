@@ -371,11 +371,7 @@ class Trainer:
         try:
             configured = model.configure_optimizers()
         except ValueError as error:
-            if "empty parameter list" in str(error):
-                raise ConfigError("optimizer", "0 parameters", "some to train: model.parameters()") from error
-            if "learning rate" in str(error):
-                raise ConfigError("lr", str(error).rpartition(": ")[2], "a finite number, 0 or more") from error
-            raise
+            raise _of_optimizer(error) from error
         self.optimizers, self.schedulers = understand(configured)
         self.managed_optimizers = [ManagedOptimizer(one, self._make_step, model) for one in self.optimizers]
         trained = [p for one in self.optimizers for p in parameters_of(one)]
@@ -880,6 +876,15 @@ class Trainer:
 
 def _nothing() -> None:
     return None
+
+
+def _of_optimizer(error: ValueError) -> ValueError:
+    """What torch's optimizers complain of, in our words."""
+    if "empty parameter list" in str(error):
+        return ConfigError("optimizer", "0 parameters", "some to train: model.parameters()")
+    if str(error).startswith("Invalid learning rate"):
+        return ConfigError("lr", str(error).rpartition(" ")[2], "a finite number, 0 or more")
+    return error
 
 
 def _clipping(value: float | None, algorithm: str | None) -> tuple[float | None, str | None]:

@@ -13,11 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common_platform.artifact import ArtifactWriter, Manifest, read_manifest, verify
+from common_platform.artifact.manifest import FORMAT_VERSION
 from common_platform.artifact.safe_files import read_bytes
 from common_platform.artifact.strict_json import loads
 from common_platform.artifact.writer import remove_debris
 from common_platform.errors import (
     ArtifactError,
+    ArtifactMissing,
+    ArtifactRefused,
     ArtifactVersionError,
     CheckpointCorrupt,
     CheckpointIncomplete,
@@ -146,17 +149,34 @@ def manifest_of(path: Path) -> Manifest:
     """The manifest of the checkpoint at ``path``.
 
     Raises:
-        CheckpointIncomplete, CheckpointCorrupt, CheckpointVersionError.
+        CheckpointIncomplete, CheckpointCorrupt, CheckpointVersionError, ArtifactRefused.
     """
     if not path.is_dir():
         raise CheckpointIncomplete("ckpt_path", path.name, "a checkpoint folder")
+    _refuse_pickles(path)
     try:
         return read_manifest(path)
     except ArtifactVersionError as error:
         raise CheckpointVersionError(error.param, error.value, error.limit) from error
+    except ArtifactMissing as error:
+        raise CheckpointIncomplete(
+            f"{path.name}/{MANIFEST}", "no such file", "that of a complete checkpoint"
+        ) from error
     except ArtifactError as error:
         where = str(error.param) if MANIFEST in str(error.param) else f"{MANIFEST} {error.param}"
+        if where.endswith("format_version") and isinstance(error.value, int):
+            raise CheckpointVersionError(where, error.value, f"{FORMAT_VERSION}, what this library reads") from error
         raise CheckpointCorrupt(where, error.value, error.limit) from error
+
+
+def _refuse_pickles(path: Path) -> None:
+    """Raises:
+    ArtifactRefused: a folder of torch.distributed.checkpoint, whose metadata is a pickle; nothing of it is opened.
+    """
+    for found in path.iterdir():
+        if found.name == ".metadata" or found.suffix in (".distcp", ".pkl", ".pickle", ".pt", ".pth"):
+            raise ArtifactRefused(f"{path.name}/{found.name}", "a pickle", "safetensors and JSON, as save_checkpoint "
+                                  "writes them")  # fmt: skip
 
 
 def undo_killed_saves(folder: Path) -> None:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from common_platform.errors import ConfigError
 from trainkit import checkpoint
 from trainkit.data.hooks import DataHooks
+from trainkit.data.workers import suggested_num_workers
 from trainkit.hparams import HyperParameters
 
 if TYPE_CHECKING:
@@ -45,15 +47,25 @@ class DataModule(HyperParameters, DataHooks):
         test_dataset: Any = None,
         predict_dataset: Any = None,
         batch_size: int = 1,
-        num_workers: int = 0,
+        num_workers: int | str = 0,
         **settings: Any,
     ) -> Self:
-        """A data module over datasets that are there already; ``settings`` are those of ``DataLoader``."""
+        """A data module over datasets that are there already; ``settings`` are those of ``DataLoader``.
+
+        Args:
+            num_workers: worker processes of each loader; "auto": what ``suggested_num_workers`` says.
+
+        Raises:
+            ConfigError: ``batch_size`` is below 1.
+        """
+        if batch_size < 1:
+            raise ConfigError("batch_size", batch_size, "1 or more")
+        workers = suggested_num_workers() if num_workers == "auto" else num_workers
         module = cls()
         given = {"train": train_dataset, "val": val_dataset, "test": test_dataset, "predict": predict_dataset}
         for stage, dataset in given.items():
             if dataset is not None:
-                makes = _LoaderOf(dataset, stage == "train", batch_size, num_workers, settings)
+                makes = _LoaderOf(dataset, stage == "train", batch_size, int(workers), settings)
                 setattr(module, f"{stage}_dataloader", makes)
         return module
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from common_platform.errors import CollectiveMismatch, PlatformError
+from common_platform.errors import CheckpointError, CollectiveMismatch, PlatformError
 from trainkit.data import Resumable, rng_state, set_rng_state
 from trainkit.data.prefetch import DevicePrefetch, is_worth_it
 from trainkit.data.seed import raw_rng_state
@@ -307,15 +307,21 @@ class FitLoop:
 
     def loader_state(self) -> dict[str, Any]:
         """Where this rank's loader stands; with a batch read ahead, where it stood before."""
-        if not self._ahead:
-            return {"loader": self.train.state_dict(), "ahead": self._generators_before_ahead()}
-        return {"loader": self._loader_before_ahead, "ahead": self._generators_before_ahead()}
+        loader = self._loader_before_ahead if self._ahead else self.train.state_dict()
+        return {"loader": loader, "ahead": self._generators_before_ahead(), "num_batches": self.train.num_batches}
 
     def _generators_before_ahead(self) -> dict[str, Any] | None:
         return rng_state(self._raw_before_ahead) if self._raw_before_ahead is not None else None
 
     def load_loader_state(self, state: dict[str, Any]) -> None:
+        """Raises:
+        CheckpointError: in mid-epoch, the loader has another length than that of the run that is gone on with.
+        """
         if state:
+            before, now = state["num_batches"], self.train.num_batches
+            if self.progress.batch and before != now:
+                raise CheckpointError("train_dataloaders", f"{now:g} batches", f"{before:g}, as many as when it "
+                                      f"was saved, after batch {self.progress.batch} of an epoch")  # fmt: skip
             self.train.load_state_dict(state["loader"])
             self._before_ahead = state["ahead"]
 
