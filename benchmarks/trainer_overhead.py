@@ -112,7 +112,7 @@ def _run_here(*flags: str) -> str:
 
 
 def stall_of_a_save(steps: int = 24, every: int = 6) -> dict[str, float]:
-    """What a save costs the loop, as a share of a step: the time that ``save_checkpoint`` holds it up, median over saves.
+    """What a save costs the loop, as a share of a step: how long ``save_checkpoint`` holds it up, median over saves.
 
     A transformer of 4 layers, 256 dims and 8 sequences of 256 tokens, AdamW, on one thread: 12 bytes of state a
     parameter. Beside it the same with a save that is written at once, and steps while a checkpoint is being written.
@@ -156,9 +156,11 @@ def _saves(library: Any, plugins: Any, steps: int, every: int) -> tuple[float, f
 
     class Times(library.Callback):  # type: ignore[misc, name-defined]
         keeps_checkpoints = True
-        held: list[float] = []
-        after: list[float] = []
-        later: list[float] = []
+
+        def __init__(self) -> None:
+            self.held: list[float] = []
+            self.after: list[float] = []
+            self.later: list[float] = []
 
         def on_train_batch_start(self, *_: Any) -> None:
             self.began = time.perf_counter()
@@ -173,7 +175,6 @@ def _saves(library: Any, plugins: Any, steps: int, every: int) -> tuple[float, f
                 self.held.append(time.perf_counter() - ended)
 
     times = Times()
-    times.held, times.after, times.later = [], [], []
     batches = [torch.randn(rows, length, width)] * steps
     trainer = library.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=True, callbacks=[times], plugins=plugins,
