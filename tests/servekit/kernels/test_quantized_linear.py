@@ -29,9 +29,15 @@ def make_inputs(tokens, out, width, dtype):
     return x, weight, torch.randn(out, generator=generator).to(dtype).to(DEVICE)
 
 
-def check(actual, exact, dtype):
+def check(actual, exact, dtype, least=0.0):
     assert actual.dtype == dtype
-    torch.testing.assert_close(actual.double(), exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    tolerance = max(TOLERANCE[dtype], least)
+    torch.testing.assert_close(actual.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def float8_sums(kind=torch.float8_e4m3fn):
+    """Tensor cores of Hopper add products of float8 in fourteen bits, 128 at a time."""
+    return 1e-3 if DEVICE.type == "cuda" and kind != torch.int8 else 0.0
 
 
 def cut(backend, splits):
@@ -48,7 +54,8 @@ def test_w8a8(backend, dtype, shape, kind, splits):
     weight = layouts.quantize_channels(whole, kind)
     values, scales = quantize(x, kind, shape[2])
     exact = (values.double() * scales) @ (weight.values.double() * weight.scales[:, None]).t() + bias
-    check(W8A8[backend](values, scales, weight, bias, dtype, **cut(backend, splits)), exact, dtype)
+    found = W8A8[backend](values, scales, weight, bias, dtype, **cut(backend, splits))
+    check(found, exact, dtype, float8_sums(kind))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), cases(W8A16))
@@ -70,7 +77,8 @@ def test_fp8_blocks(backend, dtype, shape, splits):
     values, scales = quantize(x, torch.float8_e4m3fn, 128)
     spread = scales.double().repeat_interleave(128, dim=1)[:, : shape[2]]
     exact = (values.double() * spread) @ dequantize_blocks(weight).double().t() + bias
-    check(FP8_BLOCK[backend](values, scales, weight, bias, dtype, **cut(backend, splits)), exact, dtype)
+    found = FP8_BLOCK[backend](values, scales, weight, bias, dtype, **cut(backend, splits))
+    check(found, exact, dtype, float8_sums())
 
 
 @pytest.mark.parametrize(("backend", "dtype"), cases(W4A16))

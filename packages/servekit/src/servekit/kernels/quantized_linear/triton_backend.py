@@ -66,6 +66,7 @@ def _w8_tiles(
     SPLITS: tl.constexpr,
     TOGETHER: tl.constexpr,
     SUM: tl.constexpr,
+    PROMOTE: tl.constexpr,  # products that tensor cores may add up in their own few bits (Hopper's float8), or None
 ):
     first_row, first_col = _my_tile(tokens, out, ROWS, COLS, TOGETHER)
     rows, cols = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
@@ -80,7 +81,7 @@ def _w8_tiles(
         weight = tl.load(weight_rows + inner[:, None], mask=(cols < out)[None, :] & (inner < width)[:, None], other=0.0)
         if x_scales_ptr is None:
             weight = weight.to(x.dtype)
-        total = tl.dot(x, weight, acc=total, input_precision="ieee", out_dtype=SUM)
+        total = tl.dot(x, weight, acc=total, input_precision="ieee", max_num_imprecise_acc=PROMOTE, out_dtype=SUM)
     result = total.to(tl.float32) * tl.load(scales_ptr + cols, mask=cols < out, other=0.0)[None, :]
     if x_scales_ptr is not None:
         result *= tl.load(x_scales_ptr + rows, mask=rows < tokens, other=0.0)[:, None]
@@ -249,6 +250,7 @@ def _w8(
             SPLITS=cut.splits,
             TOGETHER=TOGETHER,
             SUM=sums,
+            PROMOTE=cut.inner if values.dtype.itemsize == 1 and sums == tl.float32 else None,
             num_warps=cut.num_warps,
             num_stages=stages(cut.num_stages),
         )
@@ -393,10 +395,10 @@ def _specializations(tokens: int) -> list[Specialization]:
     found = []
     for kind, sums, targets in (("i8", tl.int32, everywhere), ("fp8e4nv", tl.float32, NVIDIA_FP8)):
         pointers = {"x_ptr": f"*{kind}", "x_scales_ptr": "*fp32", "weight_ptr": f"*{kind}"}
-        constants = {"INNER": wide.inner, "SUM": sums}
+        constants = {"INNER": wide.inner, "SUM": sums, "PROMOTE": wide.inner if kind != "i8" else None}
         found.append(_specialization(_w8_tiles, f"w8a8, {kind}", pointers, constants, wide, targets))
     pointers = {"x_ptr": "*bf16", "weight_ptr": "*i8"}
-    constants = {"INNER": narrow.inner, "SUM": tl.float32, "x_scales_ptr": None}
+    constants = {"INNER": narrow.inner, "SUM": tl.float32, "PROMOTE": None, "x_scales_ptr": None}
     found.append(_specialization(_w8_tiles, "w8a16, bf16", pointers, constants, narrow, everywhere))
     pointers = {"x_ptr": "*fp8e4nv", "x_scales_ptr": "*fp32", "weight_ptr": "*fp8e4nv"}
     found.append(_specialization(_fp8_block_tiles, "fp8 blocks", pointers, {"BLOCK": BLOCK}, wide, NVIDIA_FP8))
