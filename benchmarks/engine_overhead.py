@@ -87,7 +87,9 @@ class Core:
     def step(self) -> None:
         plan = self.scheduler.plan_step()
         self.scheduler.finish_step(plan, self.runner.execute(plan))
-        self.outputs.process(self.scheduler.take_updates())
+        for tracker in self.outputs.process(self.scheduler.take_updates())[0]:
+            if not self._final_only:
+                tracker.take()
 
 
 def microseconds_of_a_step(rows: int, steps: int, *, final_only: bool) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,11 +14,21 @@ from tests.servekit.core.fake_runner import FakeRunner, expected_output, next_to
 from common_platform.errors import RequestError
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import KVGroup
-from servekit.core.request import FinishReason, Request, RequestState, RequestUpdate
+from servekit.core.request import DecodedTokens, FinishReason, Request, RequestState, RequestUpdate, Update
 from servekit.core.scheduler import Scheduler
 from servekit.sampling.parameters import SamplingParams
 
 FULL = [KVGroup()]
+
+
+def told_apart(updates: list[Update]) -> Iterator[RequestUpdate]:
+    """The same news, request by request."""
+    for update in updates:
+        if isinstance(update, DecodedTokens):
+            for request_id, token in zip(update.request_ids, update.token_ids, strict=True):
+                yield RequestUpdate(request_id, [token])
+        else:
+            yield update
 
 
 class Clock:
@@ -65,7 +76,7 @@ class Harness:
         return plan.total_tokens
 
     def collect(self) -> None:
-        for update in self.scheduler.take_updates():
+        for update in told_apart(self.scheduler.take_updates()):
             self.updates.setdefault(update.request_id, []).append(update)
             if update.finish_reason:
                 self.order.append(update.request_id)
@@ -456,7 +467,7 @@ def test_catching_up_is_as_good_as_the_steps_that_were_left_out(policy: str) -> 
     missed = expected.token_ids[request.num_tokens :]
     driven.scheduler.kv.grow(request, request.num_known + len(missed) - 1)
     driven.scheduler.catch_up(request, missed)
-    names = ("token_ids", "num_known", "num_computed", "num_confirmed", "decodes_until")
+    names = ("token_ids", "num_known", "num_computed", "num_confirmed", "decodes_until", "grows_until")
     assert [getattr(request, name) for name in names] == [getattr(expected, name) for name in names]
     assert len(request.hashes) == len(expected.hashes)  # each scheduler has a secret of its own
     assert len(request.tables[0]) == len(expected.tables[0])

@@ -224,7 +224,7 @@ class LLM:
                 trackers.append(self._outputs.add(request, prompt if isinstance(prompt, str) else None))
             with fewer_collections():
                 while self._core.has_work:
-                    self._core.abort(self._outputs.process(self._core.step()))
+                    self._core.abort(self._outputs.process(self._core.step())[1])
         except BaseException:
             for request in requests:
                 self._outputs.forget(request.request_id)

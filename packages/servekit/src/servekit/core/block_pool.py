@@ -61,6 +61,20 @@ class BlockPool:
         self.num_free -= count
         return taken
 
+    def take(self) -> int:
+        """``allocate(1)``, for the commonest case: a row that decodes has filled its last block."""
+        block = self._next[NULL_BLOCK]
+        if block == NULL_BLOCK:
+            raise OutOfBlocks("asked for 1 block, 0 are free")
+        if self._cached[block]:
+            self._cached[block] = 0
+            self._on_evict(block)
+        self._references[block] = 1
+        after = self._next[block]
+        self._next[NULL_BLOCK], self._previous[after] = after, NULL_BLOCK
+        self.num_free -= 1
+        return block
+
     def touch(self, block: int) -> None:
         """One more holder of ``block``; a cached free block leaves the queue."""
         if block == NULL_BLOCK:

@@ -77,7 +77,7 @@ class KVManager:
         if not self.shares_prefixes or request.needs_whole_prompt:
             return empty
         usable = request.num_tokens - 1
-        keys = self._hasher.keys(request, usable // self.block_size)
+        keys = self._hasher.keys(request, usable // self.block_size)[: usable // self.block_size + 1]
         tables = self._longest_tables(keys)
         num_blocks = len(tables[0])
         hit = Hit(num_blocks * self.block_size, tables)
@@ -192,6 +192,21 @@ class KVManager:
                 return None
         return self._extend(request, num_tokens)
 
+    def grow_by_one(self, request: Request) -> list[BlockAppend] | None:
+        """One more block in every table; None where one is short, and then nothing has changed.
+
+        It is ``grow`` for the token after a full last block, where every group keeps every token.
+        """
+        for pool in self.pools:
+            if not pool.num_free:
+                return None
+        appends = []
+        for index, pool in enumerate(self.pools):
+            block = pool.take()
+            request.tables[index].append(block)
+            appends.append(BlockAppend(request.slot, index, [block]))
+        return appends
+
     def _extend(self, request: Request, num_tokens: int) -> list[BlockAppend]:
         appends = []
         for index, (group, pool) in enumerate(self._each):
@@ -222,15 +237,16 @@ class KVManager:
 
     def share_computed(self, request: Request, before: int) -> None:
         """Remember the blocks that were filled between ``before`` and ``request.num_confirmed`` tokens."""
-        first, last = before // self.block_size, request.num_confirmed // self.block_size
-        if not self.shares_prefixes or first == last:
+        size = self.block_size
+        first, last = before // size, request.num_confirmed // size
+        if first == last or not self.shares_prefixes:
             return
-        size, keys = self.block_size, self._hasher.keys(request, last)
-        tokens = tuple(request.token_ids[first * size : last * size])
-        for pool, cache, table in zip(self.pools, self.caches, request.tables, strict=True):
-            for index in range(first, last):
-                block, start = table[index], (index - first) * size
-                if block != NULL_BLOCK and cache.add(block, keys[index], keys[index + 1], tokens[start : start + size]):
+        keys, token_ids = self._hasher.keys(request, last), request.token_ids
+        for index in range(first, last):
+            tokens = tuple(token_ids[index * size : (index + 1) * size])
+            for pool, cache, table in zip(self.pools, self.caches, request.tables, strict=True):
+                block = table[index]
+                if block != NULL_BLOCK and cache.add(block, keys[index], keys[index + 1], tokens):
                     pool.mark_cached(block)
 
     def _share_tail(self, request: Request) -> None:

@@ -9,17 +9,20 @@ not full, or that agrees only in its first tokens, is found through its parent's
 from __future__ import annotations
 
 import secrets
-from array import array
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import NamedTuple
+from struct import Struct
+
+import msgspec
 
 from servekit.core.request import Request
 
 CHILDREN_LOOKED_AT = 8  # of one parent, the newest first: bounds the search for a partial block
 
 
-class CachedBlock(NamedTuple):
+class CachedBlock(msgspec.Struct, frozen=True, gc=False):
+    """What is in a block."""
+
     key: bytes | None  # None: not full, found through its parent only
     parent: bytes
     tokens: tuple[int, ...]
@@ -30,6 +33,7 @@ class Hasher:
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
+        self._pack = Struct(f"<{block_size}q").pack
         self._secret = secrets.token_bytes(32)
 
     def forget_all(self) -> None:
@@ -40,19 +44,16 @@ class Hasher:
         return sha256(self._secret + request.adapter_id.to_bytes(8, "little") + salt).digest()
 
     def keys(self, request: Request, num_blocks: int) -> list[bytes]:
-        """The root and the keys of the first ``num_blocks`` full blocks; extends ``request.hashes`` as needed."""
-        hashes, size = request.hashes, self._block_size
+        """``request.hashes``, with the root and the keys of the first ``num_blocks`` full blocks at least."""
+        hashes, token_ids, size = request.hashes, request.token_ids, self._block_size
         if not hashes:
             hashes.append(self.root(request))
-        first = len(hashes) - 1
-        content = array("q", request.token_ids[first * size : num_blocks * size]).tobytes()
-        width, key = array("q").itemsize * size, hashes[-1]
-        for index in range(first, num_blocks):
-            start = (index - first) * width
-            block = content[start : start + width]
-            key = sha256(key + block + self._media_in(request, index) if request.media else key + block).digest()
+        key = hashes[-1]
+        for index in range(len(hashes) - 1, num_blocks):
+            content = key + self._pack(*token_ids[index * size : (index + 1) * size])
+            key = sha256(content + self._media_in(request, index) if request.media else content).digest()
             hashes.append(key)
-        return hashes[: num_blocks + 1]
+        return hashes
 
     def _media_in(self, request: Request, index: int) -> bytes:
         """What begins in block ``index`` beside tokens."""

@@ -59,8 +59,8 @@ class RequestEvent(msgspec.Struct, frozen=True, array_like=True):
     at: float
 
 
-class RequestUpdate(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What is new about a request since its last update; of most only the id and the tokens."""
+class RequestUpdate(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """What is new about a request since its last update."""
 
     request_id: str
     token_ids: Sequence[int] = ()
@@ -74,6 +74,16 @@ class RequestUpdate(msgspec.Struct, frozen=True, array_like=True, gc=False):
     events: Sequence[RequestEvent] = ()
 
 
+class DecodedTokens(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """One more token each of requests that have no other news: what most of a step's rows have to tell."""
+
+    request_ids: list[str]
+    token_ids: list[int]
+
+
+Update = RequestUpdate | DecodedTokens
+
+
 class Request:
     """A sequence of tokens that is computed and grows.
 
@@ -81,6 +91,13 @@ class Request:
     whose keys and values are in the cache once the steps under way have ended. A request without uncomputed
     tokens waits for its step. Everything else follows from these two numbers.
     """
+
+    __slots__ = (  # a step reads several of each row's: slots are found soonest
+        "adapter_id", "arrival", "cache_salt", "deadline", "decodes_until", "drafts", "eos_token_ids", "events",
+        "final_only", "finish_reason", "fork_of", "grows_until", "hashes", "id", "max_total", "media", "num_cached",
+        "num_computed", "num_confirmed", "num_known", "num_prompt", "order", "pooled", "pooling", "priority",
+        "prompt_logprobs", "sampling", "slot", "state", "stop_ids", "tables", "tenant", "token_ids",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -142,7 +159,8 @@ class Request:
         self.tables: list[list[int]] = []  # one block table a KV group
         self.hashes: list[bytes] = []  # root, then one a full block, as far as they were needed
         self.drafts: list[int] = []
-        self.decodes_until = 0  # known tokens up to which the scheduler has nothing but the next one to plan
+        self.decodes_until = 0  # known tokens up to which the scheduler has nothing but the next one to plan,
+        self.grows_until = 0  # or but one more block for it in each KV group
         self.prompt_logprobs: list[TokenLogprob] = []
         self.pooled: list[Any] = []
 

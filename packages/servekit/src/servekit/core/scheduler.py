@@ -21,7 +21,7 @@ from servekit.core.facts import KVGroup
 from servekit.core.kv_manager import Hit, KVManager
 from servekit.core.plan import BlockAppend, RowStart, StepPlan, StepResult, TokenLogprob
 from servekit.core.policies import POLICIES, Policy
-from servekit.core.request import HELD, FinishReason, Request, RequestState, RequestUpdate
+from servekit.core.request import HELD, DecodedTokens, FinishReason, Request, RequestState, RequestUpdate, Update
 from servekit.core.stats import SchedulerStats
 from servekit.core.stop import check_stop
 
@@ -75,7 +75,7 @@ class Scheduler:
         self._forks: dict[str, list[Request]] = {}  # parent's id -> requests that wait for its prompt
         self._deadlines: list[tuple[float, int, Request]] = []
         self._under_way: dict[int, tuple[list[Request], list[Row]]] = {}  # step -> its decodes and its other rows
-        self._outbox: list[RequestUpdate] = []
+        self._outbox: list[Update] = []
         self._stats = SchedulerStats()
 
     # --- the door ---
@@ -148,7 +148,7 @@ class Scheduler:
         self.kv.forget_all()
         return True
 
-    def take_updates(self) -> list[RequestUpdate]:
+    def take_updates(self) -> list[Update]:
         """All news since the last call."""
         updates, self._outbox = self._outbox, []
         return updates
@@ -190,17 +190,32 @@ class Scheduler:
 
     def _continue_running(self, draft: Draft) -> None:
         order = self._policy.in_order(self.running)
+        decodes, served = draft.decodes, self._served
         for request in order:  # it loses victims at its end meanwhile
             if not draft.tokens_left:
                 return
             known = request.num_known
-            if request.num_computed == known - 1 and known <= request.decodes_until:
+            if request.num_computed == known - 1 and (
+                known <= request.decodes_until or (known <= request.grows_until and self._add_block(request, draft))
+            ):
                 request.num_computed = known  # the common case, most of a step's time: no call is made for it
                 request.num_known = known + 1
-                draft.decodes.append(request)
+                decodes.append(request)
                 draft.tokens_left -= 1
+                if served:
+                    served(request, 1)
             elif not self._continue(request, order, draft):
                 return
+
+    def _add_block(self, request: Request, draft: Draft) -> bool:
+        """Another block for a row that does nothing but decode; False where somebody has to give way first."""
+        appends = self.kv.grow_by_one(request)
+        if appends is None:
+            return False
+        draft.appends += appends
+        known = request.decodes_until + self.kv.block_size
+        request.decodes_until = known if known < request.grows_until else request.grows_until
+        return True
 
     def _continue(self, request: Request, order: list[Request], draft: Draft) -> bool:
         """Whatever ``request`` needs next; False where it had to give way."""
@@ -309,22 +324,22 @@ class Scheduler:
         draft.tokens_left -= num_tokens
         request.num_computed += num_tokens
         request.num_known += samples
-        request.decodes_until = self._decodes_until(request)
+        self._look_ahead(request)
         if self._served:
             self._served(request, num_tokens)
 
-    def _decodes_until(self, request: Request) -> int:
-        """Up to how many known tokens nothing but the next one is to be planned: no block, no end, nobody to tell."""
-        if request.num_computed < request.num_prompt or not self._keeps_all or self._served:
-            return 0
-        room = min(len(table) for table in request.tables) * self.kv.block_size
-        return min(room, request.max_total - 1)
+    def _look_ahead(self, request: Request) -> None:
+        """Find out up to how many known tokens nothing but the next one, and now and then a block, is to be planned."""
+        request.grows_until = request.decodes_until = 0
+        if request.num_computed >= request.num_prompt and self._keeps_all:
+            room = min(len(table) for table in request.tables) * self.kv.block_size
+            request.grows_until = request.max_total - 1
+            request.decodes_until = min(room, request.grows_until)
 
     def _preempt(self, request: Request, draft: Draft) -> None:
         """Take slot and blocks back; what it had is computed again later, as far as it is not cached."""
         self._leave_batch(request)
         request.num_computed = request.num_confirmed = 0
-        request.decodes_until = 0
         request.drafts = []
         request.move_to(RequestState.PREEMPTED)
         request.happened("preempted", self._clock())
@@ -338,6 +353,7 @@ class Scheduler:
         self._ended_slots.append(request.slot)
         heapq.heappush(self._free_slots, request.slot)
         request.slot = -1
+        request.decodes_until = request.grows_until = 0
 
     def _seal(self, draft: Draft) -> StepPlan:
         ended, self._ended_slots = self._ended_slots, []
@@ -373,7 +389,7 @@ class Scheduler:
         request.num_computed += count
         request.num_confirmed += count
         self.kv.share_computed(request, before)
-        request.decodes_until = self._decodes_until(request)
+        self._look_ahead(request)
         self._stats.generated_tokens += count
         if self._served:
             self._served(request, count)
@@ -404,30 +420,33 @@ class Scheduler:
             self._collect_prompt_logprobs(row, result.prompt_logprobs.get(slot, []))
             request.drafts = list(result.proposals.get(slot, []))
             if request.drafts:
-                request.decodes_until = 0
+                request.decodes_until = request.grows_until = 0
             request.pooled = result.pooled.get(slot, [])
             self._advance(row, new, result.logprobs.get(slot, []))
 
     def _take_decoded(self, decodes: list[Request], tokens: list[int]) -> None:
-        """One token each, of which nothing else is told; mostly not the last one, and it fills no block."""
-        size, outbox = self.kv.block_size, self._outbox
-        num_plain = 0
+        """One token each, of which nothing else is told; mostly not the last one."""
+        size, share = self.kv.block_size, self.kv.share_computed
+        told_ids: list[str] = []
+        told_tokens: list[int] = []
+        num_others = 0
         for request, token in zip(decodes, tokens, strict=False):
             confirmed = request.num_confirmed + 1
-            if (
-                request.state is RUNNING
-                and confirmed % size
-                and confirmed + 1 < request.max_total
-                and token not in request.stop_ids
-            ):
-                request.num_confirmed = confirmed  # the common case: no call is made for it
+            if confirmed < request.grows_until and token not in request.stop_ids:
+                request.num_confirmed = confirmed  # the common case, it runs and goes on: no call is made for it
+                if not confirmed % size:
+                    share(request, confirmed - 1)
                 request.token_ids.append(token)
                 if not request.final_only:
-                    outbox.append(RequestUpdate(request.id, (token,)))
-                num_plain += 1
-            elif not request.is_finished:
+                    told_ids.append(request.id)
+                    told_tokens.append(token)
+                continue
+            num_others += 1
+            if not request.is_finished:
                 self._take_token(_decode_row(request), [token])
-        self._stats.generated_tokens += num_plain
+        self._stats.generated_tokens += len(decodes) - num_others
+        if told_ids:
+            self._outbox.append(DecodedTokens(told_ids, told_tokens))
 
     def _take_sampled(self, rows: list[Row], sampled: list[int]) -> None:
         """A step of which nothing is told but one token for each row that samples."""

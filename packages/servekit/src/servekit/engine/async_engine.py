@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from servekit.core.stats import SchedulerStats
 from servekit.engine import messages as m
 from servekit.engine.config import EngineConfig
 from servekit.engine.grammars import GrammarDoor
-from servekit.engine.output import OutputProcessor, RequestOutput
+from servekit.engine.output import OutputProcessor, RequestOutput, RequestTracker
 from servekit.engine.supervisor import RestartPolicy, Restarts
 from servekit.engine.tokenizer import Tokenizer
 from servekit.engine.tracing import RequestTracer
@@ -58,7 +58,9 @@ def rebuilt(about: dict[str, Any]) -> PlatformError:
 
 
 class RequestStream:
-    """The outputs of one request as they come. Leaving early ends the request in the engine.
+    """The outputs of one request, for one reader. ``aclose`` ends the request in the engine.
+
+    What comes while nobody asks is one output when somebody does, so a slow reader costs no memory.
 
     Args:
         prompt: its text, where it came as one.
@@ -79,21 +81,33 @@ class RequestStream:
         self.prompt = prompt
         self.is_replayable = is_replayable
         self.listener = listener
+        self.tracker: RequestTracker | None = None
         self._has_begun = False
         self._engine = engine
-        self._queue: asyncio.Queue[RequestOutput | PlatformError] = asyncio.Queue()
+        self._has_news = asyncio.Event()
+        self._error: PlatformError | None = None
         self._done = False
 
     @property
     def may_begin_again(self) -> bool:
         return self.is_replayable or not self._has_begun
 
-    def put(self, news: RequestOutput | PlatformError) -> None:
+    def moved(self) -> None:
+        """There is something to take."""
         self._has_begun = True
         if self.listener is None:
-            self._queue.put_nowait(news)
+            self._has_news.set()
+        elif self.tracker is not None and (output := self.tracker.take()) is not None:
+            self.listener(output)
+
+    def fail(self, error: PlatformError) -> None:
+        """What is there can still be taken; then this is raised."""
+        self._has_begun = True
+        self._error = error
+        if self.listener is None:
+            self._has_news.set()
         else:
-            self.listener(news)
+            self.listener(error)
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
         return self
@@ -106,12 +120,14 @@ class RequestStream:
         """
         if self._done:
             raise StopAsyncIteration
-        news = await self._queue.get()
-        if isinstance(news, PlatformError):
-            self._done = True
-            raise news
-        self._done = news.finished
-        return news
+        while (output := self.tracker.take() if self.tracker else None) is None:
+            if self._error is not None:
+                self._done = True
+                raise self._error
+            self._has_news.clear()
+            await self._has_news.wait()
+        self._done = output.finished
+        return output
 
     async def aclose(self) -> None:
         """Nobody listens any more."""
@@ -240,7 +256,7 @@ class AsyncEngine:
         Args:
             is_replayable: the caller can take its outputs from the start again, should the engine die in between.
             listener: is called with each output, or with the error that ends them, in place of the iteration: it must
-                not raise, nor wait. Outputs are live: see ``RequestTracker``.
+                not raise, nor wait.
             about: ``priority``, ``tenant``, ``cache_salt``, ``timeout_s``, ``add_special_tokens``, ``param``,
                 ``pooling``: as ``validate`` takes them.
 
@@ -258,7 +274,7 @@ class AsyncEngine:
         text = prompt if isinstance(prompt, str) else None
         stream = RequestStream(self, request, text, is_replayable=is_replayable, listener=listener)
         self._streams[request_id] = stream
-        self._outputs.add(request, stream.prompt, is_live=listener is not None)
+        stream.tracker = self._outputs.add(request, stream.prompt)
         try:
             await self._send(m.Add(request))
         except EngineDead:
@@ -267,10 +283,38 @@ class AsyncEngine:
             raise
         return stream
 
+    async def generate(
+        self, prompt: str | Sequence[int], sampling_params: SamplingParams, request_id: str, **about: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of one request as they come; leaving the loop early ends the request in the engine::
+
+            async for output in engine.generate("Once upon", SamplingParams(max_tokens=99), "my-request"):
+                if "end" in output.outputs[0].text:
+                    break
+
+        Args:
+            about: as ``add_request`` takes it.
+
+        Raises:
+            RequestError: it cannot be served; EngineDead: nothing can.
+        """
+        stream = await self.add_request(request_id, prompt, sampling_params, **about)
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            await stream.aclose()
+
     async def abort(self, request_id: str) -> None:
-        """End a request, wherever it is; unknown ids are requests that have ended."""
-        self._streams.pop(request_id, None)
+        """End a request, wherever it is; unknown ids are requests that have ended.
+
+        Who reads its stream gets one last output, whose answers end with ``abort``.
+        """
+        stream = self._streams.pop(request_id, None)
         sequence_ids = self._outputs.forget(request_id)
+        if stream is not None and stream.listener is None and stream.tracker is not None:
+            stream.tracker.abort()
+            stream.moved()
         if sequence_ids and self.dead is None:
             with contextlib.suppress(EngineDead):  # then there is nothing left to end
                 await self._send(m.Abort(sequence_ids))
@@ -335,7 +379,9 @@ class AsyncEngine:
         while True:
             messages = [await self._receive(), *self._waiting()]
             updates = [update for message in messages if isinstance(message, m.News) for update in message.updates]
-            ended = self._outputs.process(updates, self._pass_on)
+            moved, ended = self._outputs.process(updates)
+            for tracker in moved:
+                self._pass_on(tracker)
             if ended:
                 with contextlib.suppress(EngineDead):
                     await self._send(m.Abort(ended))
@@ -357,7 +403,7 @@ class AsyncEngine:
                 self._outputs.forget(request_id)
                 stream = self._streams.pop(request_id, None)
                 if stream:
-                    stream.put(rebuilt(error))
+                    stream.fail(rebuilt(error))
             case m.Answer(number):
                 future = self._answers.get(number)
                 if future and not future.done():
@@ -365,13 +411,14 @@ class AsyncEngine:
             case _:
                 raise EngineDead(message=f"the engine said {type(message).__name__} out of turn")
 
-    def _pass_on(self, output: RequestOutput) -> None:
-        stream = self._streams.get(output.request_id)
+    def _pass_on(self, tracker: RequestTracker) -> None:
+        request_id = tracker.request.request_id
+        stream = self._streams.get(request_id)
         if stream is None:
             return
-        stream.put(output)
-        if output.finished:
-            del self._streams[output.request_id]
+        if tracker.finished:
+            del self._streams[request_id]
+        stream.moved()
 
     async def _supervise(self) -> None:
         """The moment the process ends, everybody who waits for it learns so; then it is started again."""
@@ -399,7 +446,7 @@ class AsyncEngine:
 
     def _end_streams(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
-            self._streams.pop(request_id).put(self.dead or EngineDead())
+            self._streams.pop(request_id).fail(self.dead or EngineDead())
 
     async def _revived(self) -> bool:
         """Start the engine again, as often as the policy allows; False where it stays dead."""
@@ -425,7 +472,7 @@ class AsyncEngine:
         self.dead = None
         log.warning("the engine was started again; %d requests begin again", len(self._streams))
         for stream in list(self._streams.values()):
-            self._outputs.add(stream.request, stream.prompt, is_live=stream.listener is not None)
+            stream.tracker = self._outputs.add(stream.request, stream.prompt)
             with contextlib.suppress(EngineDead):  # it died again, which is noticed elsewhere
                 await self._send(m.Add(stream.request))
 
@@ -442,7 +489,7 @@ class AsyncEngine:
             await asyncio.gather(self._supervising, return_exceptions=True)
         dead = self.dead = self.dead or EngineDead(message="the engine was shut down")
         for stream in self._streams.values():
-            stream.put(dead)
+            stream.fail(dead)
         self._streams.clear()
         process = self._process
         if process is not None and process.returncode is None:

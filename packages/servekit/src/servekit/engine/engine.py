@@ -15,7 +15,7 @@ from common_platform.errors import ConfigError, RequestError, ResourceError
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import ModelFacts
 from servekit.core.plan import StepPlan, StepResult
-from servekit.core.request import FinishReason, Request, RequestState, RequestUpdate
+from servekit.core.request import FinishReason, Request, RequestState, RequestUpdate, Update
 from servekit.core.scheduler import Scheduler
 from servekit.core.stats import SchedulerStats
 from servekit.engine.config import GIB, EngineConfig
@@ -177,7 +177,7 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._under_way)
 
-    def step(self) -> list[RequestUpdate]:
+    def step(self) -> list[Update]:
         """Plan as far ahead as allowed, wait for the oldest step, and return all news."""
         self._release_prepared(0.0)
         while len(self._under_way) < (1 if self._drafting else self._depth):
@@ -192,7 +192,8 @@ class EngineCore:
             self._release_prepared(GRAMMAR_WAIT_S)
         updates = self.scheduler.take_updates()
         if self._drafting:
-            self._drafting.difference_update(update.request_id for update in updates if update.finish_reason)
+            told = (update for update in updates if isinstance(update, RequestUpdate))
+            self._drafting.difference_update(update.request_id for update in told if update.finish_reason)
         return updates
 
     def _release_prepared(self, wait_s: float) -> None:

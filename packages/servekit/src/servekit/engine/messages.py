@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from servekit.core.facts import ModelFacts
-from servekit.core.request import RequestUpdate
+from servekit.core.request import Update
 from servekit.core.stats import SchedulerStats
 from servekit.engine.config import EngineConfig
 from servekit.engine.validate import EngineRequest
@@ -61,7 +61,7 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
 
 class News(msgspec.Struct, tag=True, frozen=True):
-    updates: list[RequestUpdate]
+    updates: list[Update]
 
 
 class Answer(msgspec.Struct, tag=True, frozen=True):

@@ -2,41 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from servekit.core.plan import TokenLogprob
-from servekit.core.request import RequestEvent, RequestUpdate
+from servekit.core.request import DecodedTokens, RequestEvent, RequestUpdate, Update
 from servekit.engine.detokenizer import StopStrings, detokenizer_for
 from servekit.engine.tokenizer import Tokenizer
 from servekit.engine.tracing import RequestTracer
 from servekit.engine.validate import EngineRequest
+from servekit.sampling.parameters import SamplingParams
 
 
 @dataclass(slots=True)
-class CompletionOutput:
-    """One of the ``n`` answers: everything so far, and what the last update added."""
+class _Parts:
+    """An answer as it grows; what is there never changes."""
+
+    token_ids: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+
+
+class CompletionOutput(msgspec.Struct, eq=False, gc=False):
+    """One of the ``n`` answers as it was when it was taken: everything so far, and what came since it was taken before.
+
+    Whatever grows with the answer is put together when it is asked for.
+    """
 
     index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] | None = None  # one a token, where asked for
-    finish_reason: str | None = None  # stop | length | abort | timeout | error
-    stop_reason: int | str | None = None  # the stop token or string that ended it
-    error: str | None = None
-    delta_text: str = ""
-    delta_token_ids: list[int] = field(default_factory=list)
-    delta_logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None  # stop | length | abort | timeout | error
+    stop_reason: int | str | None  # the stop token or string that ended it
+    error: str | None
+    num_tokens: int
+    _num_texts: int
+    _first_token: int  # of the delta
+    _first_text: int
+    _parts: _Parts
 
     @property
-    def mean_logprob(self) -> float:
-        entries = self.logprobs or []
-        return sum(entry.logprob for entry in entries) / max(len(entries), 1)
+    def text(self) -> str:
+        return "".join(self._parts.texts[: self._num_texts])
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self._parts.token_ids[: self.num_tokens]
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        """One a token; None where they were not asked for."""
+        found = self._parts.logprobs
+        return None if found is None else found[: self.num_tokens]
+
+    @property
+    def delta_text(self) -> str:
+        return "".join(self._parts.texts[self._first_text : self._num_texts])
+
+    @property
+    def delta_token_ids(self) -> list[int]:
+        return self._parts.token_ids[self._first_token : self.num_tokens]
+
+    @property
+    def delta_logprobs(self) -> list[TokenLogprob]:
+        return (self._parts.logprobs or [])[self._first_token : self.num_tokens]
+
+    def __repr__(self) -> str:
+        return (
+            f"CompletionOutput(index={self.index}, text={self.text!r}, token_ids={self.token_ids}, "
+            f"finish_reason={self.finish_reason!r}, stop_reason={self.stop_reason!r})"
+        )
 
 
-@dataclass(slots=True)
-class RequestOutput:
+class RequestOutput(msgspec.Struct, eq=False, gc=False):
     """A request and its answers; ``outputs`` holds those that have moved, all of them once it is finished."""
 
     request_id: str
@@ -46,8 +85,8 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[TokenLogprob] | None = None  # of all prompt tokens but the first
     num_cached_tokens: int = 0
-    events: list[RequestEvent] = field(default_factory=list)
-    pooled: list[Any] = field(default_factory=list)  # a vector of the prompt, or one a token, where asked for
+    events: Sequence[RequestEvent] = ()
+    pooled: list[Any] = []  # a vector of the prompt, or one a token, where asked for
 
 
 class _Sequence:
@@ -55,112 +94,119 @@ class _Sequence:
 
     def __init__(self, index: int, request: EngineRequest, tokenizer: Tokenizer) -> None:
         params = request.sampling
-        self.params = params
-        wanted = params.logprobs is not None or request.num_sequences > params.n  # best_of chooses by them
-        self.output = CompletionOutput(index, logprobs=[] if wanted else None)
-        self.is_over = False  # its last update is being told, or has been
-        self._stop = StopStrings(params.stop, include=params.include_stop_str_in_output)
-        self._pieces: list[str] = []
-        self._only_tokens = not params.detokenize and not wanted
-        if params.detokenize:
-            self._detokenizer = detokenizer_for(tokenizer, skip_special_tokens=params.skip_special_tokens)
-        self._is_plain = params.detokenize and not wanted and not params.stop
+        wants_logprobs = params.logprobs is not None or request.num_sequences > params.n  # best_of chooses by them
+        self.index = index
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.error: str | None = None
+        self.has_news = False
+        self.parts = _Parts(logprobs=[] if wants_logprobs else None)
+        self.text_of = _TextOf(params, tokenizer) if params.detokenize else None
+        self._taken_tokens = 0
+        self._taken_texts = 0
+
+    @property
+    def mean_logprob(self) -> float:
+        entries = self.parts.logprobs or []
+        return sum(entry.logprob for entry in entries) / max(len(entries), 1)
+
+    def add_token(self, token: int) -> bool:
+        """True where a stop string ends the answer with ``token``."""
+        token_ids = self.parts.token_ids
+        token_ids.append(token)
+        if self.text_of is None:
+            return False
+        text = self.text_of.add(token, len(token_ids))
+        if text:
+            self.parts.texts.append(text)
+        if self.text_of.stop is None:
+            return False
+        self.finish_reason, self.stop_reason = "stop", self.text_of.stop
+        return True
 
     def add(self, update: RequestUpdate) -> bool:
-        """Take in new tokens; True where a stop string ends the answer before the core did."""
-        output = self.output
-        if self._is_plain and update.finish_reason is None:
-            add = self._detokenizer.add
-            for token in update.token_ids:
-                output.token_ids.append(token)
-                output.delta_token_ids.append(token)
-                output.delta_text += add(token)
-            return False
-        if self._only_tokens:
-            output.token_ids += update.token_ids
-            output.delta_token_ids += update.token_ids
-            if update.finish_reason is None:
-                return False
-        for index, token in enumerate(() if self._only_tokens else update.token_ids):
-            self._add_token(token, update.logprobs[index] if update.logprobs else None)
-            if self._stop.found is not None:
-                output.finish_reason, output.stop_reason = "stop", self._stop.found
-                break
-        stopped = self._stop.found is not None and update.finish_reason is None
-        if self._stop.found is None and update.finish_reason:
-            output.finish_reason, output.stop_reason = update.finish_reason, update.stop_reason
-            output.error = update.error
-            if self.params.detokenize:
-                output.delta_text += self._stop.add(self._detokenizer.finish())
-            if self._stop.found is not None:
-                output.finish_reason, output.stop_reason = "stop", self._stop.found
-            output.delta_text += self._stop.finish()
-        return stopped
+        """Take in an update; True where a stop string ends the answer before the core did."""
+        for index, token in enumerate(update.token_ids):
+            if update.logprobs and self.parts.logprobs is not None:
+                self.parts.logprobs.append(update.logprobs[index])
+            if self.add_token(token):
+                return update.finish_reason is None
+        if update.finish_reason is not None:
+            self._end(update)
+        return False
 
-    def settle(self) -> None:
-        """What was added has been told: the next update begins anew."""
-        output = self.output
-        self._pieces.append(output.delta_text)
-        output.delta_text, output.delta_token_ids = "", []
-        if output.delta_logprobs:
-            output.delta_logprobs = []
-
-    def _add_token(self, token: int, logprob: TokenLogprob | None) -> None:
-        output = self.output
-        output.token_ids.append(token)
-        output.delta_token_ids.append(token)
-        if logprob is not None and output.logprobs is not None:
-            output.logprobs.append(logprob)
-            output.delta_logprobs.append(logprob)
-        if not self.params.detokenize:
+    def _end(self, update: RequestUpdate) -> None:
+        self.finish_reason, self.stop_reason, self.error = update.finish_reason, update.stop_reason, update.error
+        if self.text_of is None:
             return
-        may_stop = len(output.token_ids) >= self.params.min_tokens
-        output.delta_text += self._stop.add(self._detokenizer.add(token), may_stop=may_stop)
+        text = self.text_of.finish()
+        if text:
+            self.parts.texts.append(text)
+        if self.text_of.stop is not None:
+            self.finish_reason, self.stop_reason = "stop", self.text_of.stop
 
-    def snapshot(self) -> CompletionOutput:
-        """A copy that later updates leave alone."""
-        made = self.output
+    def take(self) -> CompletionOutput:
+        """The answer as it is; what comes later leaves it alone."""
+        parts = self.parts
+        first_token, first_text = self._taken_tokens, self._taken_texts
+        self._taken_tokens, self._taken_texts = num_tokens, num_texts = len(parts.token_ids), len(parts.texts)
+        self.has_news = False
         return CompletionOutput(
-            made.index,
-            "".join(self._pieces) + made.delta_text,
-            list(made.token_ids),
-            None if made.logprobs is None else list(made.logprobs),
-            made.finish_reason,
-            made.stop_reason,
-            made.error,
-            made.delta_text,
-            made.delta_token_ids,
-            made.delta_logprobs,
+            self.index,
+            self.finish_reason,
+            self.stop_reason,
+            self.error,
+            num_tokens,
+            num_texts,
+            first_token,
+            first_text,
+            parts,
         )
 
 
+class _TextOf:
+    """The text of an answer's tokens, up to a stop string."""
+
+    def __init__(self, params: SamplingParams, tokenizer: Tokenizer) -> None:
+        self._min_tokens = params.min_tokens
+        self._looks_for_stops = bool(params.stop)
+        self._detokenizer = detokenizer_for(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self._stop = StopStrings(params.stop, include=params.include_stop_str_in_output)
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that was found."""
+        return self._stop.found
+
+    def add(self, token: int, num_tokens: int) -> str:
+        """What is certain now; ``num_tokens`` counts ``token``."""
+        text = self._detokenizer.add(token)
+        return self._stop.add(text, may_stop=num_tokens >= self._min_tokens) if self._looks_for_stops else text
+
+    def finish(self) -> str:
+        text = self._stop.add(self._detokenizer.finish())
+        return text + self._stop.finish()
+
+
 class RequestTracker:
-    """One request's answers, from its first token to its last.
+    """One request's answers, from its first token to its last."""
 
-    Args:
-        is_live: what is shown is the answers themselves, for whoever reads them at once: without ``text``, and nothing
-            is copied.
-    """
-
-    def __init__(
-        self, request: EngineRequest, prompt: str | None, tokenizer: Tokenizer, *, is_live: bool = False
-    ) -> None:
+    def __init__(self, request: EngineRequest, prompt: str | None, tokenizer: Tokenizer) -> None:
         self.request = request
         self.prompt = prompt
         self.sequences = [_Sequence(i, request, tokenizer) for i in range(request.num_sequences)]
-        self._prompt_logprobs: list[TokenLogprob] | None = None
+        self.moved: list[_Sequence] = []  # since an output was taken
+        self._picks_best = request.num_sequences > request.sampling.n
+        self._wants_prompt_logprobs = request.sampling.prompt_logprobs is not None
+        self._prompt_logprobs: list[TokenLogprob] = []
         self._cached = 0
-        self._events: list[RequestEvent] = []
+        self._events: tuple[RequestEvent, ...] = ()
         self._pooled: list[Any] = []
-        self._live = self._output([]) if is_live and not self._picks_best else None
+        self.num_running = len(self.sequences)
 
     @property
     def finished(self) -> bool:
-        return all(sequence.is_over for sequence in self.sequences)
-
-    @property
-    def _picks_best(self) -> bool:
-        return self.request.num_sequences > self.request.sampling.n
+        return not self.num_running
 
     def add(self, sequence: _Sequence, update: RequestUpdate) -> bool:
         """Take in one sequence's news; True where the core must end that sequence."""
@@ -168,30 +214,27 @@ class RequestTracker:
             self._prompt_logprobs = list(update.prompt_logprobs)
         if update.events:
             self._cached = max(self._cached, update.num_cached_tokens)
-            self._events += update.events
+            self._events += tuple(update.events)
         if update.pooled:
             self._pooled = list(update.pooled)
         return sequence.add(update)
 
-    def shown(self, sequence: _Sequence) -> RequestOutput | None:
-        """What a caller sees after news of ``sequence``; nothing before the end where the best are picked."""
-        live = self._live
-        if live is not None:
-            live.outputs = [sequence.output]
-            if sequence.is_over:
-                live.finished = self.finished
-            if self._events:
-                live.num_cached_tokens, live.events, live.pooled = self._cached, self._events, self._pooled
-                live.prompt_logprobs = self._wanted_prompt_logprobs()
-            return live
-        if not self._picks_best:
-            return self._output([sequence.snapshot()])
-        return self._output([best.snapshot() for best in self._best()]) if self.finished else None
+    def take(self) -> RequestOutput | None:
+        """What has moved since it was last asked for; None where nothing is to be shown.
+
+        Where the best are picked that is nothing before the end.
+        """
+        if not self.moved or (self._picks_best and self.num_running):
+            return None
+        moved, self.moved = self.moved, []
+        if self._picks_best:
+            return self.final()
+        return self._output([sequence.take() for sequence in moved] if len(moved) > 1 else [moved[0].take()])
 
     def _best(self) -> Sequence[_Sequence]:
-        ranked = sorted(self.sequences, key=lambda s: -s.output.mean_logprob)[: self.request.sampling.n]
+        ranked = sorted(self.sequences, key=lambda s: -s.mean_logprob)[: self.request.sampling.n]
         for index, sequence in enumerate(ranked):
-            sequence.output.index = index
+            sequence.index = index
         return ranked
 
     def _output(self, outputs: list[CompletionOutput]) -> RequestOutput:
@@ -200,30 +243,36 @@ class RequestTracker:
             self.prompt,
             self.request.prompt_token_ids,
             outputs,
-            self.finished,
-            self._wanted_prompt_logprobs(),
+            not self.num_running,
+            self._prompt_logprobs if self._wants_prompt_logprobs else None,
             self._cached,
-            list(self._events),
+            self._events,
             self._pooled,
         )
-
-    def _wanted_prompt_logprobs(self) -> list[TokenLogprob] | None:
-        return None if self.request.sampling.prompt_logprobs is None else self._prompt_logprobs or []
 
     def trace(self, tracer: RequestTracer) -> None:
         """Tell ``tracer`` how the request went; answers that nobody waited for were aborted."""
         tracer.ended(
             self.request,
             self._events,
-            num_output_tokens=sum(len(sequence.output.token_ids) for sequence in self.sequences),
+            num_output_tokens=sum(len(sequence.parts.token_ids) for sequence in self.sequences),
             num_cached_tokens=self._cached,
-            finish_reasons=[sequence.output.finish_reason or "abort" for sequence in self.sequences],
+            finish_reasons=[sequence.finish_reason or "abort" for sequence in self.sequences],
         )
+
+    def abort(self) -> None:
+        """The answers that have not ended are cut off where they are."""
+        for sequence in self.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish_reason = "abort"
+                if not sequence.has_news:
+                    sequence.has_news = True
+                    self.moved.append(sequence)
+        self.num_running = 0
 
     def final(self) -> RequestOutput:
         """All answers, whole."""
-        shown = self._best() if self._picks_best else self.sequences
-        return self._output([sequence.snapshot() for sequence in shown])
+        return self._output([sequence.take() for sequence in (self._best() if self._picks_best else self.sequences)])
 
 
 class OutputProcessor:
@@ -235,8 +284,8 @@ class OutputProcessor:
         self.trackers: dict[str, RequestTracker] = {}
         self._sequences: dict[str, tuple[RequestTracker, _Sequence]] = {}  # by the core's ids, as long as they run
 
-    def add(self, request: EngineRequest, prompt: str | None, *, is_live: bool = False) -> RequestTracker:
-        tracker = RequestTracker(request, prompt, self._tokenizer, is_live=is_live)
+    def add(self, request: EngineRequest, prompt: str | None) -> RequestTracker:
+        tracker = RequestTracker(request, prompt, self._tokenizer)
         self.trackers[request.request_id] = tracker
         for index, sequence in enumerate(tracker.sequences):
             self._sequences[request.child_id(index)] = (tracker, sequence)
@@ -260,37 +309,59 @@ class OutputProcessor:
         self.trackers.clear()
         self._sequences.clear()
 
-    def process(
-        self, updates: Sequence[RequestUpdate], look: Callable[[RequestOutput], None] | None = None
-    ) -> list[str]:
-        """Take in what came, and return the ids of sequences that a stop string ended.
+    def process(self, updates: Sequence[Update]) -> tuple[list[RequestTracker], list[str]]:
+        """The requests of which something can be taken now, and the ids of sequences that a stop string ended.
 
-        Updates of one sequence become one output. News of forgotten requests are dropped, and those of sequences that
-        went on for a step after a stop string.
+        A request that was not taken from since it was named is named again when it is finished.
 
-        Args:
-            look: is shown each sequence that moved; None where nobody looks before the end.
+        News of forgotten requests are dropped, and those of sequences that went on for a step after a stop string.
         """
-        ended: list[str] = []
-        moved: dict[str, tuple[RequestTracker, _Sequence]] = {}
+        moved: list[RequestTracker] = []
+        stopped: list[str] = []
         for update in updates:
-            found = self._sequences.get(update.request_id)
-            if found is None or found[1].output.finish_reason is not None:
+            if isinstance(update, DecodedTokens):
+                self._add_tokens(update, moved, stopped)
                 continue
-            moved[update.request_id] = found
-            if found[0].add(found[1], update):
-                ended.append(update.request_id)
-        for sequence_id, (tracker, sequence) in moved.items():
-            sequence.is_over = sequence.output.finish_reason is not None
-            output = tracker.shown(sequence) if look is not None else None
-            if look is not None and output is not None:
-                look(output)
-            sequence.settle()
-            if sequence.is_over:
-                self._end(sequence_id, tracker)
-        return ended
+            found = self._sequences.get(update.request_id)
+            if found is not None:
+                tracker, sequence = found
+                if tracker.add(sequence, update):
+                    stopped.append(update.request_id)
+                self._moved(update.request_id, tracker, sequence, moved)
+        return moved, stopped
 
-    def _end(self, sequence_id: str, tracker: RequestTracker) -> None:
-        if self._sequences.pop(sequence_id, None) is not None and tracker.finished:
-            self.trackers.pop(tracker.request.request_id, None)
-            self._trace(tracker)
+    def _add_tokens(self, decoded: DecodedTokens, moved: list[RequestTracker], stopped: list[str]) -> None:
+        """One token each, for most requests of a step."""
+        sequences = self._sequences
+        for request_id, token in zip(decoded.request_ids, decoded.token_ids, strict=True):
+            found = sequences.get(request_id)
+            if found is None:
+                continue
+            tracker, sequence = found
+            if sequence.text_of is None:
+                sequence.parts.token_ids.append(token)
+            elif sequence.add_token(token):
+                stopped.append(request_id)
+                self._moved(request_id, tracker, sequence, moved)
+                continue
+            if not sequence.has_news:
+                sequence.has_news = True
+                if not tracker.moved:
+                    moved.append(tracker)
+                tracker.moved.append(sequence)
+
+    def _moved(
+        self, request_id: str, tracker: RequestTracker, sequence: _Sequence, moved: list[RequestTracker]
+    ) -> None:
+        if not sequence.has_news:
+            sequence.has_news = True
+            if not tracker.moved:
+                moved.append(tracker)
+            tracker.moved.append(sequence)
+        if sequence.finish_reason is not None:
+            del self._sequences[request_id]
+            tracker.num_running -= 1
+            if tracker.finished:
+                moved.append(tracker)
+                del self.trackers[tracker.request.request_id]
+                self._trace(tracker)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,9 +68,22 @@ class InputBatch:
         self.num_prompt[slot] = row.num_prompt_tokens
         for group, blocks in enumerate(row.blocks):
             self.table_lengths[group][slot] = 0
-            self.append(BlockAppend(slot, group, blocks))
+            self._append(BlockAppend(slot, group, blocks))
 
-    def append(self, append: BlockAppend) -> None:
+    def append(self, appends: Sequence[BlockAppend]) -> None:
+        """Block tables grow, mostly by one block each: those are written at once."""
+        for group, (table, lengths) in enumerate(zip(self.tables, self.table_lengths, strict=True)):
+            ones = [append for append in appends if append.group == group and len(append.blocks) == 1]
+            if not ones:
+                continue
+            slots = _integers([append.slot for append in ones])
+            table[slots, lengths[slots]] = [append.blocks[0] for append in ones]
+            lengths[slots] += 1
+        for append in appends:
+            if len(append.blocks) != 1:
+                self._append(append)
+
+    def _append(self, append: BlockAppend) -> None:
         lengths = self.table_lengths[append.group]
         first = lengths[append.slot]
         last = first + len(append.blocks)
@@ -81,10 +96,10 @@ class InputBatch:
         self.token_ids[slot, first : first + len(token_ids)] = token_ids
         self.num_tokens[slot] = first + len(token_ids)
 
-    def add_sampled(self, slots: np.ndarray, token_ids: np.ndarray) -> None:
+    def add_sampled(self, slots: np.ndarray, token_ids: Sequence[int]) -> None:
         """One new token for each of ``slots``; all before it is computed."""
         ends = self.num_tokens[slots]
-        self.token_ids[slots, ends] = token_ids
+        self.token_ids[slots, ends] = _integers(token_ids)
         self.num_computed[slots] = ends
         self.num_tokens[slots] = ends + 1
 
@@ -98,8 +113,12 @@ class InputBatch:
         return self.token_ids[slot, : self.num_tokens[slot]]
 
     def arrays(self, plan: StepPlan) -> StepArrays:
-        slots, counts = np.asarray(plan.slots), np.asarray(plan.num_tokens)
-        return StepArrays(slots, self.num_computed[slots], counts, np.cumsum(counts) - 1)
+        slots, num_rows = _integers(plan.slots), len(plan.slots)
+        starts = self.num_computed[slots]
+        if plan.total_tokens == num_rows:
+            return StepArrays(slots, starts, np.ones(num_rows, np.int64), np.arange(num_rows))
+        counts = _integers(plan.num_tokens)
+        return StepArrays(slots, starts, counts, np.cumsum(counts) - 1)
 
     def inputs(self, step: StepArrays) -> StepInputs:
         """What the model reads for the tokens of ``step``."""
@@ -135,3 +154,8 @@ class InputBatch:
         """The prompt tokens that stand after the tokens which ``row`` computes in ``step``."""
         slot, start, count = step.slots[row], step.starts[row], step.counts[row]
         return self.token_ids[slot, start + 1 : min(start + count + 1, self.num_prompt[slot])]
+
+
+def _integers(values: Sequence[int]) -> np.ndarray:
+    """int64; sooner than numpy takes a list apart."""
+    return np.frombuffer(array("q", values), np.int64)

@@ -170,7 +170,8 @@ class ModelRunner:
             self._proposer.computed(inputs)
         prompt_logprobs = self._prompt_logprobs_of(step, hidden)
         pooled = self._pooled_of(step, hidden)
-        self.batch.num_computed[step.slots] += step.counts
+        if not all(plan.samples):  # a sampled token says itself that all before it is computed
+            self.batch.num_computed[step.slots] += step.counts
         result = self._sample(plan, step, hidden, prompt_logprobs)
         if pooled:
             tokens = result.tokens or [[token] for token in result.sampled]
@@ -197,8 +198,8 @@ class ModelRunner:
                 self._prompt_logprobs[row.slot] = row.sampling.prompt_logprobs
             if row.pooling:
                 self._pools[row.slot] = Pool(row.pooling, row.num_prompt_tokens)
-        for append in plan.appends:
-            self.batch.append(append)
+        if plan.appends:
+            self.batch.append(plan.appends)
         for slot, drafts in plan.drafts.items():
             self.batch.extend(slot, drafts)
 
@@ -215,14 +216,16 @@ class ModelRunner:
     ) -> StepResult:
         if not any(plan.samples):
             return StepResult(plan.step, [], prompt_logprobs=prompt_logprobs)
-        rows = slice(None) if all(plan.samples) else np.flatnonzero(plan.samples)
-        slots = step.slots[rows]
+        rows, slots, wanted = step.lasts, step.slots, plan.slots
+        if not all(plan.samples):
+            sampled = np.flatnonzero(plan.samples)
+            rows, slots, wanted = rows[sampled], slots[sampled], slots[sampled].tolist()
         if plan.drafts:
-            return self._verify(plan, slots.tolist(), step.lasts[rows], hidden, prompt_logprobs)
-        logits = self._logits(step.lasts[rows], hidden)
-        output = self.sampler.sample(logits, slots.tolist())
-        self.batch.add_sampled(slots, np.maximum(output.token_ids, 0))
-        proposals = self._proposals(slots, output.errors)
+            return self._verify(plan, wanted, rows, hidden, prompt_logprobs)
+        output = self.sampler.sample(self._logits(rows, hidden), wanted)
+        known = [max(token, 0) for token in output.token_ids] if output.errors else output.token_ids
+        self.batch.add_sampled(slots, known)
+        proposals = self._proposals(wanted, output.errors)
         if not (output.errors or output.logprobs or prompt_logprobs or proposals):
             return StepResult(plan.step, [], sampled=output.token_ids)
         return StepResult(
@@ -292,11 +295,11 @@ class ModelRunner:
             active, position = going_on, position + 1
         return tokens, logprobs, errors
 
-    def _proposals(self, slots: Sequence[int] | NDArray[np.int64], errors: dict[int, str]) -> dict[int, list[int]]:
+    def _proposals(self, slots: Sequence[int], errors: dict[int, str]) -> dict[int, list[int]]:
         """What a grammar forces comes first (jump-ahead: Zheng et al., "SGLang", 2024), then what is likely."""
         if not self._proposer and not self.sampler.has_grammars:
             return {}
-        going_on = [int(slot) for slot in slots if slot not in errors]
+        going_on = [slot for slot in slots if slot not in errors]
         found = {slot: self.sampler.forced(slot)[:MAX_FORCED] for slot in going_on}
         if self._proposer:
             free = [slot for slot in going_on if not found[slot]]

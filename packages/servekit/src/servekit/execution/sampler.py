@@ -6,6 +6,7 @@ temperature, min-p, top-k, top-p, typical. Logprobs are of the model's own distr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -217,7 +218,7 @@ class Sampler:
         """
         if not self._special:
             highest, greedy = self._argmax(logits)
-            if bool(torch.isfinite(highest).all()):
+            if math.isfinite(float(highest.sum())):  # then all of them are
                 return SampleOutput(greedy.tolist())
         return self._sample(logits, slots)
 

@@ -192,7 +192,7 @@ class RequestRecord:
     def _choice_ended(self, choice: CompletionOutput, now: float) -> None:
         self._metrics.success[choice.finish_reason or "stop"] += 1
         self._metrics.histograms["e2e_request_latency_seconds"].observe(now - self._arrived)
-        self._metrics.histograms["request_generation_tokens"].observe(len(choice.token_ids))
+        self._metrics.histograms["request_generation_tokens"].observe(choice.num_tokens)
 
     def _phases(self, output: RequestOutput) -> None:
         """Times of the first sequence, by the scheduler's clock."""

@@ -136,7 +136,7 @@ class _Reader:
 
     def begins_again(self, choice: CompletionOutput) -> bool:
         """Whether the engine died, and what is read here has come before."""
-        return bool(self._num_tokens and len(choice.token_ids) == len(choice.delta_token_ids))
+        return bool(self._num_tokens and choice.num_tokens == len(choice.delta_token_ids))
 
     def read(self, choice: CompletionOutput) -> Piece:
         text = choice.delta_text
@@ -149,7 +149,7 @@ class _Reader:
         if not self._asked.tools.is_parallel:
             delta.calls = [call for call in delta.calls if call.index == 0]
         self._has_calls = self._has_calls or bool(delta.calls)
-        self._num_tokens = len(choice.token_ids)
+        self._num_tokens = choice.num_tokens
         if delta.reasoning:
             self.num_reasoning_tokens += len(choice.delta_token_ids)
         reason = choice.finish_reason

@@ -8,7 +8,7 @@ from common_platform.errors import RequestError
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import KVGroup
 from servekit.core.plan import StepPlan, StepResult
-from servekit.core.request import Request
+from servekit.core.request import DecodedTokens, Request
 from servekit.core.scheduler import Scheduler
 from servekit.sampling.parameters import SamplingParams
 from servekit.simulate.cost import CostModel, StepShape, row_pairs
@@ -152,12 +152,21 @@ class Replica:
     def _take_updates(self) -> None:
         requests, now = self._requests, self.now
         for update in self.scheduler.take_updates():
+            if isinstance(update, DecodedTokens):
+                for request_id in update.request_ids:
+                    record = requests[request_id].record
+                    record.num_output += 1
+                    self._token_came(record, now)
+                continue
             record = requests[update.request_id].record
             record.take(update)
             if update.token_ids:
-                if record.last_token >= 0:
-                    self.gaps.add(now - record.last_token)
-                record.last_token = now
+                self._token_came(record, now)
             if update.finish_reason is not None:
                 del requests[update.request_id]
                 self.ended.append(record)
+
+    def _token_came(self, record: Record, now: float) -> None:
+        if record.last_token >= 0:
+            self.gaps.add(now - record.last_token)
+        record.last_token = now
