@@ -84,7 +84,7 @@ def test_callers_who_leave_free_everything_and_change_nobody(folder):
             params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
             stream = await engine.add_request(f"gone{i}", PROMPTS[i], params)
             for _ in range(i % 4):
-                await anext(stream)
+                await anext(stream, None)  # whoever reads late gets several steps as one output
             await stream.aclose()
 
         survivor, *_ = await asyncio.gather(answer(engine, "s", "the survivor says"), *(leaves(i) for i in range(12)))
@@ -184,3 +184,80 @@ def test_a_question_can_be_cancelled_the_moment_that_it_is_answered(folder) -> N
             await asked
 
     run(work, folder)
+
+
+@pytest.mark.parametrize("how", ["break", "cancel", "raise"])
+def test_leaving_the_loop_of_generate_ends_the_request(folder, how):
+    """By ``break``, by cancelling the task that reads, or by an error of the reader's own."""
+
+    async def work(engine: AsyncEngine) -> None:
+        params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+        has_begun = asyncio.Event()
+
+        async def read() -> None:
+            async for output in engine.generate("once upon a time", params, "mine"):
+                assert output.outputs[0].num_tokens == len(output.outputs[0].token_ids) > 0
+                has_begun.set()
+                if how == "break":
+                    break
+                if how == "raise":
+                    raise KeyError("the reader's")
+
+        task = asyncio.create_task(read())
+        await asyncio.wait_for(has_begun.wait(), 30)
+        if how == "cancel":
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await settled(engine)
+        assert engine.num_requests == 0
+        assert await answer(engine, "next", "one") == await answer(engine, "again", "one")
+
+    run(work, folder)
+
+
+def test_generate_gives_what_add_request_gives_whole_and_in_order(folder):
+    async def work(engine: AsyncEngine) -> None:
+        text, tokens, reason = await answer(engine, "a", "one two three")
+        deltas, last = "", None
+        async for output in engine.generate("one two three", GREEDY, "b"):
+            answered = output.outputs[0]
+            deltas += answered.delta_text
+            assert answered.text == deltas
+            assert answered.token_ids == tokens[: answered.num_tokens]
+            last = output
+        assert last is not None
+        assert last.finished
+        assert (last.outputs[0].text, last.outputs[0].token_ids, last.outputs[0].finish_reason) == (
+            text,
+            tokens,
+            reason,
+        )
+
+    run(work, folder)
+
+
+@pytest.mark.parametrize("state", ["running", "waiting"])
+def test_who_reads_a_request_that_somebody_else_aborts_is_told(folder, state):
+    async def work(engine: AsyncEngine) -> None:
+        long = SamplingParams(max_tokens=240, temperature=0, ignore_eos=True)
+        others = [await engine.add_request(f"o{i}", "x", long) for i in range(4 if state == "waiting" else 0)]
+        stream = await engine.add_request("mine", "x", long)
+        reader = asyncio.create_task(_last_of(stream))
+        if state == "running":
+            await asyncio.sleep(0.05)
+        await engine.abort("mine")
+        last = await asyncio.wait_for(reader, 10)
+        assert last.finished
+        assert last.outputs[0].finish_reason in ("abort", "length")  # it may have ended by itself
+        for other in others:
+            await other.aclose()
+        await settled(engine)
+
+    run(work, folder)
+
+
+async def _last_of(stream):
+    last = None
+    async for output in stream:
+        last = output
+    return last

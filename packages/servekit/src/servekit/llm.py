@@ -72,6 +72,7 @@ class LLM:
         self._core = EngineCore(config)
         self.tokenizer = Tokenizer.from_folder(self._core.executor.folder)
         self.facts = self._core.facts
+        self.tokenizer.check_fits(self.facts.vocab_size)
         self._tracer = RequestTracer.of(config)
         self._outputs = OutputProcessor(self.tokenizer, self._tracer)
         self._grammars = GrammarDoor(config.model, self.facts, config.grammar_limits)

@@ -29,7 +29,9 @@ def check_probes(probes: Sequence[Probe], score: Callable[[list[int]], Sequence[
             difference = abs(was - now)
             if math.isnan(difference) or difference > tolerance:
                 raise ArtifactDigestMismatch(
-                    f"probes[{index}].logprobs[{position}]", f"{now:.6f}", f"{was:.6f} +- {tolerance:g}, as at training"
+                    f"probes[{index}].logprobs[{position}]",
+                    f"{now:.6f}, a difference of {difference:.3g}",
+                    f"{was:.6f} +- {tolerance:g}, as at training",
                 )
             largest = max(largest, difference)
     return largest

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common_platform.artifact import manifest as manifests
-from common_platform.artifact import safe_files, strict_json
+from common_platform.artifact import model_config, safe_files, strict_json
 from common_platform.artifact.manifest import BELONGS, MANIFEST, Manifest
 from common_platform.artifact.safetensors_reader import Entry, SafetensorsFile
 from common_platform.errors import ArtifactConfigError, ArtifactFormatError, ArtifactMissing, ArtifactRefused
@@ -19,42 +21,66 @@ from common_platform.errors import ArtifactConfigError, ArtifactFormatError, Art
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CODE_KEYS = {"auto_map", "trust_remote_code", "custom_pipelines", "custom_object", "_attn_implementation_hub"}
+GENERATION = "generation_config.json"
+PREPROCESSOR = "preprocessor_config.json"
+log = logging.getLogger("common_platform.artifact")
 
 
 def open_model_folder(path: str | Path, *, verify: bool = True) -> ModelFolder:
     """Open the model in ``path``.
 
-    With a ``manifest.json`` every file is checked against it first. Without, the folder is a plain Hugging Face one:
-    its JSON must be strict and name no code, its safetensors files must be sound.
+    With a ``manifest.json`` every file is checked against it first, and what is read later is what was checked: weights
+    are mapped from the descriptor that was hashed, other files are hashed again when they are read. Without, the folder
+    is a plain Hugging Face one: its JSON must be strict and name no code, its safetensors files must be sound.
+
+    Args:
+        verify: False leaves the weights unhashed, for who does not use them.
 
     Raises:
         ArtifactError: one of the family, naming the file and what is wrong with it.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise ArtifactRefused(
+            folder.name, "one file", "a folder: archives and GGUF files are not unpacked; convert them"
+        )
     if not folder.is_dir():
         raise ArtifactMissing("model", folder.name, "a folder with config.json and model.safetensors")
     manifest = None
     if (folder / MANIFEST).exists() or (folder / MANIFEST).is_symlink():
-        manifest = manifests.verify(folder) if verify else manifests.read_manifest(folder)
-    return ModelFolder(folder, manifest)
+        manifest = manifests.read_listed(folder) if verify else manifests.read_manifest(folder)
+    return ModelFolder(folder, manifest, verify=verify)
 
 
 class ModelFolder:
     """A model's config, tokenizer files and tensors. Tensors are mapped, not read: cheap until they are used."""
 
-    def __init__(self, path: Path, manifest: Manifest | None) -> None:
+    def __init__(self, path: Path, manifest: Manifest | None, *, verify: bool = True) -> None:
         self.path = path
         self.manifest = manifest
+        self._entries = {entry.name: entry for entry in manifest.files} if manifest else {}
+        self._hashes_weights = verify
         self._refuse_code()
         if not self.has("config.json"):
             raise ArtifactMissing("config.json", self._what_is_there(), "a folder in Hugging Face's layout")
         self.config: dict[str, Any] = self.read_json("config.json")
-        self.generation_config: dict[str, Any] = (
-            self.read_json("generation_config.json") if self.has("generation_config.json") else {}
-        )
+        self.generation_config: dict[str, Any] = {}
+        if self.has(GENERATION):
+            self.generation_config = self.read_json(GENERATION, constants=True)
+            model_config.check_generation(self.generation_config)
+        if self.has(PREPROCESSOR):
+            model_config.check_preprocessor(self.read_json(PREPROCESSOR))
         self._files = self._open_weights()
         self._file_of = self._locate()
+        if verify:
+            self._verify_others()
+
+    def _verify_others(self) -> None:
+        """Every file that is listed but not weights; those were hashed as they were opened."""
+        for name, entry in self._entries.items():
+            if name not in self._files:
+                with safe_files.opened(self.path, name) as descriptor:
+                    manifests.check_file(entry, descriptor)
 
     def __enter__(self) -> ModelFolder:
         return self
@@ -70,15 +96,18 @@ class ModelFolder:
         return (self.path / name).is_file()
 
     def read_bytes(self, name: str) -> bytes:
-        return safe_files.read_bytes(self.path, name)
+        """All of ``name``: of an artifact, the bytes that its manifest stands for."""
+        data = safe_files.read_bytes(self.path, name)
+        if name in self._entries:
+            manifests.check_bytes(self._entries[name], data)
+        return data
 
-    def read_json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str, *, constants: bool = False) -> dict[str, Any]:
         """The object in the JSON file ``name``."""
+        data = self.read_bytes(name)
         try:
-            found = strict_json.loads(self.read_bytes(name))
+            found = strict_json.loads(data, constants=constants)
         except ValueError as error:
-            if isinstance(error, ArtifactFormatError | ArtifactMissing | ArtifactRefused):
-                raise
             raise ArtifactFormatError(name, str(error), "strict JSON") from error
         if not isinstance(found, dict):
             raise ArtifactFormatError(name, type(found).__name__, "a JSON object")
@@ -108,8 +137,10 @@ class ModelFolder:
         for file in sorted(self.path.glob("*.json")):
             if file.name in (MANIFEST, INDEX, "tokenizer.json", "vocab.json"):
                 continue
-            for where, value in _code_keys(self.read_json(file.name), file.name):
-                raise ArtifactRefused(where, value, "no keys that name code: it is never run from a model folder")
+            about = self.read_json(file.name, constants=file.name == GENERATION)
+            for where, value in model_config.code_keys(about):
+                limit = "no keys that name code: it is never run from a model folder"
+                raise ArtifactRefused(f"{file.name} {where}", value, limit)
 
     def _what_is_there(self) -> str:
         names = sorted(p.name for p in self.path.iterdir())
@@ -124,15 +155,29 @@ class ModelFolder:
             if pickles:
                 raise ArtifactRefused(pickles[0], "pickled weights", "safetensors: pickles can run code; convert them")
             raise ArtifactMissing(SINGLE, self._what_is_there(), "safetensors weights")
-        files = {name: SafetensorsFile(self.path, name) for name in names}
+        for pickle in sorted(p.name for p in self.path.iterdir() if p.suffix in PICKLES):
+            log.warning("%s is left alone: weights are read from safetensors only", pickle)
+        files = {name: SafetensorsFile(self.path, name, self._check_of(name)) for name in names}
         if self.manifest is None and any(file.metadata.get(BELONGS) == MANIFEST for file in files.values()):
             raise ArtifactMissing(MANIFEST, "no such file", "the manifest that these weights were written with")
         return files
+
+    def _check_of(self, name: str) -> Callable[[int], None]:
+        """What hashes the weights ``name`` as they are opened, where they are to be hashed."""
+        entry = self._entries.get(name)
+        if entry is None or not self._hashes_weights:
+            return lambda descriptor: None
+        return partial(manifests.check_file, entry)
 
     def _weight_map(self) -> dict[str, str]:
         found = self.read_json(INDEX).get("weight_map")
         if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
             raise ArtifactFormatError(INDEX, "weight_map", "tensor names -> file names")
+        for name, file in found.items():
+            if "/" in file or "\\" in file or not file.endswith(".safetensors"):
+                raise ArtifactFormatError(
+                    f"{INDEX} weight_map {name}", file, "a safetensors file's name, without a path"
+                )
         return found
 
     def _locate(self) -> dict[str, SafetensorsFile]:
@@ -140,7 +185,8 @@ class ModelFolder:
         for file in self._files.values():
             for name in file.entries:
                 if name in located:
-                    raise ArtifactFormatError(file.name, f"tensor {name} again", "each tensor in one file")
+                    both = f"{located[name].name} and {file.name}"
+                    raise ArtifactFormatError(f"tensor {name}", f"in {both}", "each tensor in one file")
                 located[name] = file
         if self.has(INDEX):
             for name, file_name in self._weight_map().items():
@@ -159,14 +205,3 @@ class ModelFolder:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ArtifactConfigError(f"config.json {key}", value, f"an integer {low}..{high}")
         return value
-
-
-def _code_keys(value: Any, where: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if key in CODE_KEYS and inner not in (None, False, {}, []):
-                yield f"{where} {key}", inner
-            yield from _code_keys(inner, where)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _code_keys(inner, where)

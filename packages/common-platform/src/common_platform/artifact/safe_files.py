@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -49,7 +50,8 @@ def opened(folder: Path, name: str) -> Iterator[int]:
     except FileNotFoundError as error:
         raise ArtifactMissing(name, "no such file", "the file that was written") from error
     except (OSError, NotADirectoryError) as error:
-        raise ArtifactRefused(name, error.strerror, "a regular file reached without links") from error
+        what = "a symlink or no file" if error.errno in (errno.ELOOP, errno.ENOTDIR) else error.strerror
+        raise ArtifactRefused(name, what, "a regular file reached without links") from error
     finally:
         for descriptor in reversed(descriptors):
             os.close(descriptor)
@@ -86,6 +88,6 @@ def all_files(folder: Path) -> list[str]:
     for root, folders, files in os.walk(folder, followlinks=False):
         for entry in folders:
             if Path(root, entry).is_symlink():
-                raise ArtifactRefused(entry, "a symbolic link", "a folder")
+                raise ArtifactRefused(entry, "a symlink", "a folder")
         names += [str(Path(root, file).relative_to(folder)) for file in files]
     return sorted(names)

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,10 +47,12 @@ class Entry(NamedTuple):
 class SafetensorsFile:
     """One file, mapped; tensors are views of the mapping and live as long as somebody holds one."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, check: Callable[[int], None] = lambda descriptor: None) -> None:
+        """Open ``name``; ``check`` is given the descriptor that is mapped afterwards: no other file comes between."""
         self.name = name
         self.metadata: dict[str, str] = {}
         with safe_files.opened(folder, name) as descriptor:
+            check(descriptor)
             self._length = os.fstat(descriptor).st_size
             header, start = self._read_header(descriptor)
             self.entries = self._check(header, start)
@@ -76,7 +79,7 @@ class SafetensorsFile:
             raise self._fail(f"{self._length} bytes", "a safetensors file of 8 bytes or more")
         size = int.from_bytes(os.pread(descriptor, 8, 0), "little")
         if size > min(MAX_HEADER, self._length - 8):
-            raise self._fail(f"a header of {size} bytes", f"at most {min(MAX_HEADER, self._length - 8)} bytes")
+            raise self._fail(f"a header length of {size} bytes", f"at most {min(MAX_HEADER, self._length - 8)} bytes")
         try:
             header = strict_json.loads(os.pread(descriptor, size, 8))
         except ValueError as error:
@@ -88,13 +91,13 @@ class SafetensorsFile:
 
     def _check(self, header: dict[str, Any], start: int) -> dict[str, Entry]:
         entries = {name: self._entry(name, about, start) for name, about in header.items()}
-        end = start
+        end, last = start, "no tensor"
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
             if entry.start != end:
                 raise self._fail(f"{name} begins at byte {entry.start}", f"{end}: no holes, no overlaps")
-            end += entry.size
+            end, last = end + entry.size, name
         if end != self._length:
-            raise self._fail(f"{self._length} bytes", f"{end} bytes, as the header says")
+            raise self._fail(f"{self._length} bytes", f"{end} bytes, where {last} ends")
         return entries
 
     def _entry(self, name: str, about: Any, start: int) -> Entry:

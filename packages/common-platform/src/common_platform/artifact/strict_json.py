@@ -9,8 +9,11 @@ MAX_BYTES = 100 << 20
 MAX_DEPTH = 32
 
 
-def loads(data: bytes, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:
+def loads(data: bytes, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH, constants: bool = False) -> Any:
     """The value in ``data``.
+
+    Args:
+        constants: let NaN and infinities through, for who looks at each number by its name.
 
     Raises:
         ValueError: the sentence says what is wrong and where.
@@ -20,7 +23,7 @@ def loads(data: bytes, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH
     text = data.decode("utf-8")  # UnicodeDecodeError is a ValueError
     if _depth(text) > max_depth:
         raise ValueError(f"nested deeper than {max_depth}")
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    return json.loads(text, object_pairs_hook=_object, parse_constant=float if constants else _constant)
 
 
 def _depth(text: str) -> int:

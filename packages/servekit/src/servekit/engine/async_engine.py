@@ -193,6 +193,7 @@ class AsyncEngine:
 
     async def _start(self) -> None:
         self.facts = (await self._launch(self.config)).facts
+        self.tokenizer.check_fits(self.facts.vocab_size)
         self._grammars = GrammarDoor(self.config.model, self.facts, self.config.grammar_limits)
         self._listening = asyncio.create_task(self._listen())
         self._supervising = asyncio.create_task(self._supervise())

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from common_platform.artifact import check_probes
-from common_platform.errors import ConfigError, RequestError, ResourceError
+from common_platform.artifact import Probe, check_probes
+from common_platform.errors import ArtifactFormatError, ConfigError, RequestError, ResourceError
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import ModelFacts
 from servekit.core.plan import StepPlan, StepResult
@@ -59,6 +59,7 @@ class EngineCore:
             enforce_eager=config.enforce_eager,
             kv_cache_dtype=config.kv_cache_dtype,
             quantization=config.quantization,
+            allow_nonfinite=config.allow_nonfinite,
         )
         self.executor = InProcessExecutor(config.model, executor)
         self._prove(config)
@@ -89,6 +90,7 @@ class EngineCore:
         tolerance = config.probe_tolerance
         if tolerance is None:
             tolerance = PROBE_TOLERANCE.get(self.executor.model_facts.dtype, PROBE_TOLERANCE_LOW_PRECISION)
+        _check_form(manifest.probes, self.executor.model_facts.vocab_size)
         check_probes(manifest.probes, self.executor.score, tolerance=tolerance)
 
     def _size_cache(self, config: EngineConfig) -> tuple[CacheConfig, int]:
@@ -236,6 +238,16 @@ class EngineCore:
         """End the loop for good; what is under way is waited for."""
         self._grammars.close()
         self.executor.stop()
+
+
+def _check_form(probes: Sequence[Probe], vocab_size: int) -> None:
+    """Raise ArtifactFormatError where probes cannot prove anything."""
+    if not probes:
+        raise ArtifactFormatError("manifest.json probes", "none", "one or more: what was handed off is proven by them")
+    for index, probe in enumerate(probes):
+        for token in probe.token_ids:
+            if not 0 <= token < vocab_size:
+                raise ArtifactFormatError(f"manifest.json probes[{index}]", token, f"token ids 0..{vocab_size - 1}")
 
 
 def _params_of(request: EngineRequest, index: int) -> SamplingParams:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from jinja2 import Template, TemplateError
 from tokenizers import Tokenizer as RustTokenizer
 
 from common_platform.artifact import ModelFolder, open_model_folder
-from common_platform.errors import ArtifactFormatError, ArtifactMissing
+from common_platform.errors import ArtifactFormatError, ArtifactMissing, ArtifactRefused, ArtifactShapeError
 from servekit.engine.byte_level import BYTE_OF, TokenBytes
 from servekit.engine.chat_template import (
     FILE,
@@ -24,6 +26,7 @@ from servekit.engine.chat_template import (
 )
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+NESTED_REPETITION = re.compile(r"\((?:\\.|[^()\\])*?(?:[*+]|\{\d+,\})(?:\\.|[^()\\])*\)(?:[*+]|\{\d+,\})")
 
 
 class Tokenizer:
@@ -40,11 +43,13 @@ class Tokenizer:
     def __init__(self, folder: ModelFolder) -> None:
         if not folder.has("tokenizer.json"):
             raise ArtifactMissing("tokenizer.json", "no such file", "a fast tokenizer; save one with transformers")
+        data = folder.read_bytes("tokenizer.json")
         try:
-            self._tokenizer = RustTokenizer.from_buffer(folder.read_bytes("tokenizer.json"))
+            self._tokenizer = RustTokenizer.from_buffer(data)
         except Exception as error:  # the library raises nothing narrower
             raise ArtifactFormatError("tokenizer.json", str(error), "a file of the tokenizers library") from error
         self._config = folder.read_json("tokenizer_config.json") if folder.has("tokenizer_config.json") else {}
+        self._refuse_endless_patterns()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._template = self._compile(folder)
@@ -53,6 +58,22 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder: ModelFolder | str | Path) -> Tokenizer:
         return cls(folder if isinstance(folder, ModelFolder) else open_model_folder(folder, verify=False))
+
+    def _refuse_endless_patterns(self) -> None:
+        """A repetition in a repetition may try every way to cut a text up: no tokenizer of ours needs one."""
+        tokenizer = self._tokenizer
+        for part in (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder):
+            about = b"{}" if part is None else part.__getstate__()
+            for pattern in _patterns(json.loads(about)):
+                if NESTED_REPETITION.search(pattern):
+                    raise ArtifactRefused("tokenizer.json pattern", pattern, "patterns without nested repetitions")
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Raise ArtifactShapeError where the tokenizer knows ids that a model of ``vocab_size`` rows does not have."""
+        highest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+        if highest >= vocab_size:
+            limit = f"ids below the {vocab_size} rows of the model's embeddings"
+            raise ArtifactShapeError("tokenizer.json", f"token ids up to {highest}", limit)
 
     # --- tokens ---
 
@@ -141,3 +162,15 @@ class Tokenizer:
             return self._template.render(shown)
         except Exception as error:  # a template may raise anything
             raise refused(error) from error
+
+
+def _patterns(value: Any) -> Iterator[str]:
+    """Every regular expression in a part of a tokenizer."""
+    if isinstance(value, dict):
+        if isinstance(value.get("Regex"), str):
+            yield value["Regex"]
+        for inner in value.values():
+            yield from _patterns(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _patterns(inner)

@@ -50,6 +50,7 @@ class ExecutorConfig:
     max_model_len: int = 0  # 0: what the model was made for
     speculative: SpeculativeConfig | None = None
     offload_folder: str | None = None
+    allow_nonfinite: bool = False  # weights of an artifact may be no finite numbers
     deterministic: bool = False  # the same bits whatever else is computed; in float32
     kernels: str = "auto"  # auto | native | reference | triton
     enforce_eager: bool = False  # no recorded graphs
@@ -191,7 +192,14 @@ class InProcessExecutor:
 
     def _load(self, folder: ModelFolder, max_positions: int) -> tuple[CausalModel, int]:
         """The model and how many parameters it has."""
-        weights = Weights(folder, self.dtype, self.device, SingleRank(), self.kernels)
+        weights = Weights(
+            folder,
+            self.dtype,
+            self.device,
+            SingleRank(),
+            self.kernels,
+            allow_nonfinite=self._config.allow_nonfinite,
+        )
         library = native_library() if self._is_native and self._native_reason(folder) is None else None
         with torch.inference_mode():
             if library is None:

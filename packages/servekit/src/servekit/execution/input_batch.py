@@ -139,7 +139,7 @@ class InputBatch:
         if self._newest is None:
             self._newest = torch.zeros(len(self.num_tokens), dtype=torch.int64, device=self.device)
         self._newest[to_device(slots.astype(np.int64), self.device)] = token_ids
-        self.add_sampled(slots, np.full(len(slots), UNKNOWN, np.int64))
+        self.add_sampled(slots, [UNKNOWN] * len(slots))
 
     def _new_tokens(self, step: StepArrays) -> tuple[np.ndarray, np.ndarray]:
         """The ids and positions of the tokens of ``step``, row after row."""

@@ -16,7 +16,7 @@ class VocabParallelEmbedding:
     def __init__(self, weights: Weights, name: str, vocab_size: int, hidden_size: int) -> None:
         self.ranks: Ranks = weights.ranks
         self.kernels = weights.kernels
-        whole = weights.read(name, (vocab_size, hidden_size), lambda w: shard(w, 0, weights.ranks))
+        whole = weights.read_embeddings(name, vocab_size, hidden_size, lambda w: shard(w, 0, weights.ranks))
         self.weight = weights.settle(whole)
         self.first = self.ranks.rank * self.weight.shape[0]
 
@@ -44,7 +44,7 @@ class LogitsHead:
 
     @classmethod
     def read(cls, weights: Weights, name: str, vocab_size: int, hidden_size: int) -> LogitsHead:
-        whole = weights.read(name, (vocab_size, hidden_size), lambda w: shard(w, 0, weights.ranks))
+        whole = weights.read_embeddings(name, vocab_size, hidden_size, lambda w: shard(w, 0, weights.ranks))
         return cls(weights.ranks, weights.settle(whole), weights.kernels)
 
     def __call__(self, hidden: Tensor) -> Tensor:

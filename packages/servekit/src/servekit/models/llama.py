@@ -58,7 +58,7 @@ class LlamaConfig:
         if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
             raise ArtifactConfigError("config.json rms_norm_eps", eps, "a number in (0, 1)")
         return cls(
-            vocab_size=number("vocab_size", high=1 << 24),
+            vocab_size=number("vocab_size"),
             hidden_size=hidden,
             intermediate_size=number("intermediate_size", high=1 << 24),
             num_layers=num_layers,
@@ -162,6 +162,7 @@ class Llama:
         self.layers = [LlamaLayer(config, weights, i, group_of[i]) for i in range(config.num_layers)]
         self.norm = RMSNorm(weights, "model.norm.weight", config.hidden_size, config.eps)
         if config.tied:
+            weights.check_tied("lm_head.weight", "model.embed_tokens.weight")
             self.head = LogitsHead.tied(self.embed)
         else:
             self.head = LogitsHead.read(weights, "lm_head.weight", config.vocab_size, config.hidden_size)

@@ -94,7 +94,9 @@ class NativeLlama:
 
     def _load(self, weights: Weights) -> None:
         config, hidden = self.config, self.config.hidden_size
-        table = weights.read("model.embed_tokens.weight", (config.vocab_size, hidden))
+        table = weights.read_embeddings("model.embed_tokens.weight", config.vocab_size, hidden, lambda whole: whole)
+        if config.tied:
+            weights.check_tied("lm_head.weight", "model.embed_tokens.weight")
         self._table = (table if table.dtype in (torch.bfloat16, torch.float32) else table.float()).contiguous()
         self._layers = [self._read_layer(index) for index in range(config.num_layers)]
         self._norm = self._vector("model.norm.weight", hidden)

@@ -57,6 +57,8 @@ def handoff(
     """
     if dtype not in DTYPES:
         raise ConfigError("dtype", dtype, f"one of {tuple(DTYPES)}")
+    if num_probes < 1:
+        raise ConfigError("num_probes", num_probes, "1 or more: a server refuses what it cannot prove")
     model = _model_of(module)
     tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     tensors = _tensors(model, DTYPES[dtype])
