@@ -52,8 +52,7 @@ def align(taught: CausalLM, base: Path, steps: int, out: Path) -> DPO:
     """Prefer a function's own docstring to that of its neighbour."""
     examples = docstring_examples("train")[: 4 * steps + 1]
     preferences = [
-        Preference(one.as_chat()[:1], chosen=one.answer, rejected=other.answer)
-        for one, other in pairwise(examples)
+        Preference(one.as_chat()[:1], chosen=one.answer, rejected=other.answer) for one, other in pairwise(examples)
     ]
     pairs = PreferenceDataset(preferences, base, MAX_LENGTH)
     module = DPO(merged(taught), lora=Lora(rank=8), lr=1e-4, beta=0.1, total_steps=steps)

@@ -45,3 +45,9 @@ def cases(found: dict[str, Callable[..., Any]]) -> list[Any]:
         dtypes = INTERPRETED if name == "triton" and is_interpreted() else ON_DEVICE
         pairs += [pytest.param(name, dtype, id=f"{name}-{str(dtype)[6:]}") for dtype in dtypes]
     return pairs
+
+
+def multiplies_float8() -> bool:
+    """Whether the device at hand computes with float8; the interpreter does."""
+    nvidia = DEVICE.type == "cuda" and not torch.version.hip
+    return not nvidia or torch.cuda.get_device_capability(DEVICE) >= (8, 9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.backends import DEVICE, backends, cases
+from tests.kernels.backends import DEVICE, backends, cases, multiplies_float8
 
 from common_platform.kernels import is_interpreted
 from servekit.kernels.fused_moe.experts import quantize_experts
@@ -69,6 +69,8 @@ def check(backend, dtype, inputs, shared=None, loose=1.0):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_agrees_with_float64(backend, dtype, shape, kind):
+    if backend == "triton" and kind == "fp8" and not multiplies_float8():
+        pytest.skip("this device does not have float8")
     loose = 1.0 if kind != "fp8" else 2e3 if dtype == torch.float32 else 20  # a rounding to float8 may go either way
     check(backend, dtype, make_inputs(*shape, dtype, kind), loose=loose)
 

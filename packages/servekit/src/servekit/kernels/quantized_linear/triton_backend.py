@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common_platform.errors import ConfigError
 from common_platform.kernels import NVIDIA_FP8, TARGETS, Specialization, Work
 from servekit.kernels.quantize.triton_backend import quantize
 from servekit.kernels.quantized_linear.tiles import SMALL, Tiles, measured_tiles, tiles_for
@@ -278,6 +279,8 @@ def fp8_block_product(
     """As ``reference.fp8_block_product``; a tile's columns are within one block of the weight."""
     out, width = weight.values.shape
     cut = tiles or measured_tiles("fp8_block", tiles_for(len(values), out, width, BLOCK), len(values), out, width)
+    if cut.cols > BLOCK:
+        raise ConfigError("fp8_block.block_n", cut.cols, f"at most {BLOCK}: a tile has one scale a step")
 
     def launch(grid: tuple[int, int], offsets: Tensor | None, target: Tensor) -> None:
         _fp8_block_tiles[grid](
