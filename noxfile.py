@@ -161,7 +161,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy, strict, on the three packages."""
-    install(session, "mypy", "types-PyYAML", *TEST_EXTRAS)
+    install(session, "mypy", "types-PyYAML", "jsonargparse", *TEST_EXTRAS)
     session.run("mypy")
 
 

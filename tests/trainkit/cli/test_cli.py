@@ -241,3 +241,11 @@ def test_a_run_that_fails_has_its_own_status_and_a_traceback():
     assert done.returncode == 7
     assert "error: loss: got nan" in done.stderr
     assert "Traceback" in done.stderr
+
+
+def test_a_missing_library_is_named_and_info_needs_none(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    monkeypatch.delitem(sys.modules, "trainkit.cli.parser", raising=False)
+    assert run("fit", *BASE) == 5
+    assert "pip install 'trainkit[cli]'" in capsys.readouterr().err
+    assert run("info") == 0

@@ -56,10 +56,12 @@ class SaveConfigCallback(Callback):
         if path.is_file() and path.read_text() != text and not self.overwrite and stage == "fit":
             raise ConfigError("config.yaml", "other settings in the same folder", "another version of the logger, or "
                               "save_config_kwargs={'overwrite': True}")  # fmt: skip
+        if stage != "fit" and path.is_file():
+            return
         folders = [path.parent]
         if stage == "fit" and trainer.checkpoint_callback is not None:
             folders.append(trainer.checkpoint_dir)
-        for folder in folders if stage == "fit" else folders[:1] if not path.is_file() else []:
+        for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             temporary = folder / f".{self.config_filename}.new"
             temporary.write_text(text)
