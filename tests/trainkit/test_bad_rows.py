@@ -430,9 +430,18 @@ def test_row_of_what_a_killed_save_left(made, tmp_path, row):
     assert list(run.checkpoint_callback.best_k_models) == [str(folder / "epoch=0-step=8.ckpt")]
 
 
+@pytest.mark.parametrize("row", [pytest.param(None, id="ckp-009")])
+def test_row_of_another_number_of_ranks(made, tmp_path, row):
+    weights, state = checkpoint.load(made)
+    checkpoint.save(tmp_path / "four", weights, state | {"ranks": state["ranks"] * 4})
+    with pytest.raises(errors.CheckpointWorldSizeError, match=r"4 ranks.*not 1") as raised:
+        trainer(tmp_path, max_epochs=3).fit(Regression(), *loaders(), ckpt_path=tmp_path / "four")
+    assert errors.exit_code(raised.value) == 4
+
+
 ELSEWHERE = {
-    "trn-033": "test_bad_inputs.py", "trn-035": "test_ddp.py", "trn-043": None, "trn-044": None, "ckp-001": "test_kills.py", "ckp-009": "test_ddp.py",
-    "ckp-010": None, "ckp-011": None, "ckp-012": None, "ckp-013": "test_async_save.py",
+    "trn-033": "test_bad_inputs.py", "trn-035": "test_ddp.py", "trn-043": None, "trn-044": None,
+    "ckp-001": "test_kills.py", "ckp-010": None, "ckp-011": None, "ckp-012": None, "ckp-013": "test_async_save.py",
 }  # fmt: skip
 
 

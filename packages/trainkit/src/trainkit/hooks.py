@@ -92,6 +92,14 @@ BY_NAME = {hook.name: hook for hook in HOOKS}
 CALLED = tuple(hook.name for hook in HOOKS if hook.callback is not None)
 
 
+# Nothing can be saved there, so keepers of checkpoints have no call of their own.
+ALWAYS_FIRST = (
+    "on_sanity_check_start", "on_sanity_check_end", "on_train_batch_start", "on_before_zero_grad", "on_before_backward",
+    "on_after_backward", "on_before_optimizer_step",
+    *(f"on_{what}_{at}" for what in ("validation", "test", "predict") for at in ("start", "epoch_start", "batch_start")),
+)  # fmt: skip
+
+
 class HookCaller:
     """The hooks of one stage, looked up once: a hook that nobody wrote costs nothing.
 
@@ -121,7 +129,7 @@ class HookCaller:
         for name in CALLED:
             found = [(c, _written(c, callback_base, name)) for c in callbacks]
             written = [(c, method) for c, method in found if method is not None]
-            self._last[name] = [m for c, m in written if c.keeps_checkpoints]
+            self._last[name] = [m for c, m in written if c.keeps_checkpoints and name not in ALWAYS_FIRST]
             late = name == "on_train_epoch_end"
             self._watching[name] = [m for c, m in written if late and c.watches_metrics and not c.keeps_checkpoints]
             chosen = set(map(id, self._watching[name] + self._last[name]))
