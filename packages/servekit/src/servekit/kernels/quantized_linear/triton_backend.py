@@ -213,7 +213,7 @@ def w8a8_product(
     tiles: Tiles | None = None,
 ) -> Tensor:
     """As ``reference.w8a8_product``."""
-    return _w8(values, scales, weight, bias, tiles, dtype)
+    return _w8(values.contiguous(), scales.contiguous(), weight, bias, tiles, dtype)
 
 
 def w8a16_linear(x: Tensor, weight: ChannelWeight, bias: Tensor | None = None, *, tiles: Tiles | None = None) -> Tensor:
@@ -277,6 +277,7 @@ def fp8_block_product(
     tiles: Tiles | None = None,
 ) -> Tensor:
     """As ``reference.fp8_block_product``; a tile's columns are within one block of the weight."""
+    values, scales = values.contiguous(), scales.contiguous()
     out, width = weight.values.shape
     cut = tiles or measured_tiles("fp8_block", tiles_for(len(values), out, width, BLOCK), len(values), out, width)
     if cut.cols > BLOCK:
