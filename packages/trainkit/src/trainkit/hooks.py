@@ -96,7 +96,8 @@ CALLED = tuple(hook.name for hook in HOOKS if hook.callback is not None)
 ALWAYS_FIRST = (
     "on_sanity_check_start", "on_sanity_check_end", "on_train_batch_start", "on_before_zero_grad", "on_before_backward",
     "on_after_backward", "on_before_optimizer_step",
-    *(f"on_{what}_{at}" for what in ("validation", "test", "predict") for at in ("start", "epoch_start", "batch_start")),
+    *(f"on_{what}_{at}" for what in ("validation", "test", "predict") for at in ("start", "epoch_start")),
+    *(f"on_{what}_batch_start" for what in ("validation", "test", "predict")),
 )  # fmt: skip
 
 
