@@ -21,8 +21,8 @@ constexpr int MOST_ROWS = 6, MOST_SUMS = 12;
 #else
 constexpr int MOST_ROWS = 4, MOST_SUMS = 8;
 #endif
-constexpr int I8_ROWS = MOST_ROWS < 6 ? MOST_ROWS : 6;  // few and wide is faster there: 408 GFLOP/s a core, not 385
-constexpr int CHUNK_ROWS = 4 * MOST_ROWS;               // that pass over the same columns
+constexpr int BYTE_ROWS = MOST_ROWS < 6 ? MOST_ROWS : 6;  // beside weights of 8 or 4 bits: with 8, 408 GFLOP/s and not 385
+constexpr int CHUNK_ROWS = 4 * MOST_ROWS;                 // that pass over the same columns
 
 // Vectors of columns of a tile with that many rows: as many as registers hold sums of.
 constexpr int float_vectors(int rows) {
@@ -31,7 +31,7 @@ constexpr int float_vectors(int rows) {
 }
 constexpr int i8_vectors(int rows) { return LANES == 16 || rows == 1 ? 4 : 1; }
 constexpr int i4_vectors(int rows) {  // sums of whole numbers and of floats
-  if (LANES == 16) return rows > 6 ? 1 : rows > 2 ? 2 : 4;
+  if (LANES == 16) return rows > 3 ? 2 : 4;
   return rows > 1 ? 1 : 4;
 }
 
@@ -228,7 +228,7 @@ void linear(const sk_matrix& w, const sk_rows& x, Slice slice, int first, int la
   const int slice_vectors = slice.columns / LANES;
   for (int row = first; row < last;) {
     const int left = last - row, rows = left < CHUNK_ROWS ? left : CHUNK_ROWS;
-    const int limit = w.format == SK_I8 ? I8_ROWS : MOST_ROWS;
+    const int limit = w.format == SK_I8 || w.format == SK_I4 ? BYTE_ROWS : MOST_ROWS;
     const int tiles = (rows + limit - 1) / limit, most = (rows + tiles - 1) / tiles;
     const int wide = vectors_of(most, w.format), vectors = wide < slice_vectors ? wide : slice_vectors;
     const int lines = vectors * VECTOR < LINE ? 1 : vectors * VECTOR / LINE;
