@@ -3,6 +3,8 @@
 Every side is a process of its own that loads the model once and waits; one works at a time, in turning order, and
 medians are taken. Peers that ``make_peers.py`` has not made are left out. ``--sides`` and ``--workloads`` choose, and
 ``--into FILE`` adds what is measured to a file, workload by workload: a run that is cut short keeps what it had.
+``--cpu-time`` gives each side one thread and counts its CPU time: for a machine that others use too, where the clock would
+tell more of them than of the sides. It says nothing of how well threads work together.
 """
 
 from __future__ import annotations
@@ -72,14 +74,14 @@ class Side:
 
     def __init__(self, name: str, command: list[str], env: dict[str, str] | None = None) -> None:
         self.name = name
-        threads = {"OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false"}
+        quiet = {"TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | threads | (env or {}),
+            env=os.environ | quiet | (env or {}),
         )
         self.about = self._answer()
 
@@ -90,8 +92,8 @@ class Side:
             raise RuntimeError(f"{self.name} ended with {self._process.wait()}")
         return dict(json.loads(line))
 
-    def run(self, workload: Workload) -> float:
-        """Tokens a second."""
+    def run(self, workload: Workload, clock: str) -> float:
+        """Tokens a second, of the clock's or of CPU time: ``seconds`` or ``cpu_seconds``."""
         asked = {"prompts": workload.prompts, "outputs": workload.outputs, "shared": workload.shared}
         if self._process.stdin is None:
             raise RuntimeError(f"{self.name} has no input")
@@ -99,7 +101,7 @@ class Side:
         answer = self._answer()
         if answer["tokens"] != sum(workload.outputs):
             raise RuntimeError(f"{self.name} gave {answer['tokens']} tokens, not {sum(workload.outputs)}")
-        return workload.tokens / answer["seconds"]
+        return workload.tokens / float(answer[clock])
 
     def stop(self) -> None:
         self._process.terminate()
@@ -115,12 +117,16 @@ class Sides:
     """Which there can be here, and how each is started."""
 
     wanted: set[str]
+    threads: int = THREADS
     commands: dict[str, tuple[list[str], dict[str, str]]] = field(default_factory=dict)
 
     def add(self, name: str, python: str, driver: str, model: str, settings: dict[str, Any]) -> None:
         if not self.wanted or name in self.wanted:
             script = str(HERE / "drivers" / f"{driver}_driver.py")
-            self.commands[name] = ([python, script, model, json.dumps(settings)], {})
+            self.commands[name] = (
+                [python, script, model, json.dumps(settings)],
+                {"OMP_NUM_THREADS": str(self.threads)},
+            )
 
     def start(self) -> dict[str, Side]:
         started = {}
@@ -132,9 +138,9 @@ class Sides:
         return started
 
 
-def sides_of(wanted: set[str]) -> Sides:
-    sides, model = Sides(wanted), str(smollm2())
-    ours = {"num_threads": THREADS, "max_num_seqs": 64, "kv_cache_memory_bytes": 2 << 30}
+def sides_of(wanted: set[str], threads: int = THREADS) -> Sides:
+    sides, model = Sides(wanted, threads), str(smollm2())
+    ours = {"num_threads": threads, "max_num_seqs": 64, "kv_cache_memory_bytes": 2 << 30}
     for name, more in (
         ("bf16", {"dtype": "bfloat16"}),
         ("int8", {"quantization": "int8"}),
@@ -144,21 +150,21 @@ def sides_of(wanted: set[str]) -> Sides:
         sides.add(f"servekit-{name}", sys.executable, "servekit", model, ours | more)
     if found := python_of("llama-cpp"):
         for kind in GGUF_TYPES:
-            settings = {"threads": THREADS, "n_ctx": 24_576, "n_seq_max": 64}
+            settings = {"threads": threads, "n_ctx": 24_576, "n_seq_max": 64}
             if not wanted or f"llama.cpp-{kind}" in wanted:
                 sides.add(f"llama.cpp-{kind}", str(found), "llama_cpp", str(gguf_of(kind, str(found))), settings)
     if found := python_of("openvino"):
         for kind in ("bf16", "int8"):
             if not wanted or f"openvino-{kind}" in wanted:
                 folder = openvino_folder(kind, found)
-                sides.add(f"openvino-{kind}", str(found), "openvino", str(folder), {"threads": THREADS})
+                sides.add(f"openvino-{kind}", str(found), "openvino", str(folder), {"threads": threads})
     if found := python_of("vllm"):
         for kind, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
             settings = {"dtype": dtype, "max_model_len": 8192, "max_num_seqs": 64}
             sides.add(f"vllm-{kind}", str(found), "vllm", model, settings)
     if found := python_of("transformers"):
         for kind, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
-            settings = {"dtype": dtype, "threads": THREADS}
+            settings = {"dtype": dtype, "threads": threads}
             sides.add(f"transformers-{kind}", str(found), "transformers", model, settings)
     return sides
 
@@ -194,21 +200,23 @@ def main() -> None:
     parser.add_argument("--workloads", default="", help="comma-separated; all unless given")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--into", type=Path, help="a JSON file that figures and targets are added to")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread a side, and its CPU time")
     asked = parser.parse_args()
+    threads, clock = (1, "cpu_seconds") if asked.cpu_time else (THREADS, "seconds")
     chosen = {name for name in asked.workloads.split(",") if name}
     everything = {name: w for name, w in workloads().items() if not chosen or name in chosen}
     if asked.quick:
         everything = {name: everything[name] for name in ("decode 1", "decode 16") if name in everything}
     report = earlier(asked.into)
-    sides = sides_of({name for name in asked.sides.split(",") if name}).start()
+    sides = sides_of({name for name in asked.sides.split(",") if name}, threads).start()
     try:
         for side in sides.values():
             report.figure(f"{side.name}: load, s", side.about["load_s"])
             if "version" in side.about:
                 report.peers[side.name] = str(side.about["version"])
         for name, workload in everything.items():
-            bounds = measure_bounds(THREADS)  # anew, for others may use the machine by now
-            found = measure(name, workload, sides, 1 if asked.quick else asked.rounds)
+            bounds = None if asked.cpu_time else measure_bounds(threads)  # anew: others may use the machine by now
+            found = measure(name, workload, sides, 1 if asked.quick else asked.rounds, clock)
             tell(report, name, workload, found, bounds)
             keep(report, asked.into)
     finally:
@@ -231,22 +239,22 @@ def keep(report: Report, path: Path | None) -> None:
         path.write_text(json.dumps(report.body(), indent=1) + "\n")
 
 
-def measure(name: str, workload: Workload, sides: dict[str, Side], rounds: int) -> dict[str, float]:
+def measure(name: str, workload: Workload, sides: dict[str, Side], rounds: int, clock: str) -> dict[str, float]:
     """Side -> tokens a second."""
     one_by_one = {"transformers-fp32", "transformers-bf16"}
     able = {n: s for n, s in sides.items() if n not in one_by_one or name in ("decode 1", "prefill 1024", "mixed")}
     for side in able.values():
         if name.startswith(("decode", "prefill 1024")):
-            side.run(workload)  # warm
-    calls = {n: partial(side.run, workload) for n, side in able.items()}
+            side.run(workload, clock)  # warm
+    calls = {n: partial(side.run, workload, clock) for n, side in able.items()}
     found = {n: median(v) for n, v in interleaved(calls, rounds).items()}
     print(name, {n: round(v, 1) for n, v in found.items()}, file=sys.stderr, flush=True)
     return found
 
 
-def tell(report: Report, name: str, workload: Workload, found: dict[str, float], bounds: Bounds) -> None:
+def tell(report: Report, name: str, workload: Workload, found: dict[str, float], bounds: Bounds | None) -> None:
     """Figures of one workload; those of an earlier run with the same sides give way."""
-    for figure, value in bounds.figures().items():
+    for figure, value in bounds.figures().items() if bounds else ():
         report.figure(f"{name}: {figure}", value)
     for side, speed in found.items():
         report.figure(f"{name}: {side}, tokens/s", speed)
@@ -254,10 +262,11 @@ def tell(report: Report, name: str, workload: Workload, found: dict[str, float],
         ours, peers = found.get(names[0]), {n: found[n] for n in names[1:] if n in found}
         if ours is None:
             continue
-        share = ours / bounds.tokens_per_second(family, workload, SMOLLM2_135M)
-        report.figure(f"{name}: {names[0]}, share of the bound", share)
-        forget(report, f"{name}: {names[0]}, share")
-        report.target(f"{name}: {names[0]}, share of the bound", share, ">=", 0.75 if name == "decode 1" else 0.8)
+        if bounds:
+            share = ours / bounds.tokens_per_second(family, workload, SMOLLM2_135M)
+            report.figure(f"{name}: {names[0]}, share of the bound", share)
+            forget(report, f"{name}: {names[0]}, share")
+            report.target(f"{name}: {names[0]}, share of the bound", share, ">=", 0.75 if name == "decode 1" else 0.8)
         if peers:
             best = max(peers, key=lambda n: peers[n])
             forget(report, f"{name}: {names[0]} over")

@@ -2,7 +2,8 @@
 
 A driver runs in its peer's environment and imports nothing of ours. Its first line says that it is ready;
 then each line ``{"prompts": [[token id, ...], ...], "outputs": [count, ...], "shared": tokens}`` is answered by the
-seconds that all of it took: every prompt's greedy continuation of exactly that many tokens, all requests at once.
+seconds that all of it took, on the clock and of the process's CPU time: every prompt's greedy continuation of exactly
+that many tokens, all requests at once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def serve(generate: Generate, about: dict[str, object]) -> None:
     print(json.dumps(about), file=out, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         tokens = generate(asked["prompts"], asked["outputs"], asked.get("shared", 0))
-        taken = time.perf_counter() - start
-        print(json.dumps({"seconds": taken, "tokens": tokens}), file=out, flush=True)
+        taken, used = time.perf_counter() - start, time.process_time() - cpu
+        print(json.dumps({"seconds": taken, "cpu_seconds": used, "tokens": tokens}), file=out, flush=True)
