@@ -3,8 +3,8 @@
 Every side is a process of its own that loads the model once and waits; one works at a time, in turning order, and
 medians are taken. Peers that ``make_peers.py`` has not made are left out. ``--sides`` and ``--workloads`` choose, and
 ``--into FILE`` adds what is measured to a file, workload by workload: a run that is cut short keeps what it had.
-``--cpu-time`` gives each side one thread and counts its CPU time: for a machine that others use too, where the clock would
-tell more of them than of the sides. It says nothing of how well threads work together.
+``--cpu-time`` gives each side one thread and counts its CPU time: for a machine that others use too, where the clock
+would tell more of them than of the sides. It says nothing of how well threads work together.
 """
 
 from __future__ import annotations

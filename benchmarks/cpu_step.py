@@ -1,8 +1,8 @@
 """Where a decode step's time goes on a CPU: each kind of operation, and what is left for Python.
 
 SmolLM2-135M, ``LLM.generate`` of sequences of 32 tokens in and 64 out. The native calls of the model and of the sampler
-are timed from Python; what is left is scheduling, the batch's arrays, sampling and answers, and should be 5 % of a run at
-most. Operations are timed inside the library, by the thread that makes the call.
+are timed from Python; what is left is scheduling, the batch's arrays, sampling and answers, and should be 5 % of a run
+at most. Operations are timed inside the library, by the thread that makes the call.
 """
 
 from __future__ import annotations
