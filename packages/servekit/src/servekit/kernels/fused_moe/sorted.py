@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from servekit.kernels.fused_moe.experts import BlockExperts, ExpertWeights
+from servekit.kernels.fused_moe.experts import BlockExperts, ChannelExperts, ExpertWeights
 from servekit.kernels.quantize.reference import quantize
 from servekit.kernels.quantized_linear.weights import BLOCK
 
@@ -39,9 +39,19 @@ def fused_moe(
 
 
 def _swiglu(rows: Tensor, gate_up: ExpertWeights, down: ExpertWeights, expert: int, out: Tensor) -> None:
-    gate, up = (rows @ gate_up.weight_of(expert).to(rows.dtype).t()).chunk(2, dim=-1)
-    inner = _quantized_as(silu(gate).mul_(up), down)
-    torch.mm(inner, down.weight_of(expert).to(rows.dtype).t(), out=out)
+    both = rows.new_empty(len(rows), gate_up.shape[1])
+    _product(rows, gate_up, expert, both)
+    gate, up = both.chunk(2, dim=-1)
+    _product(_quantized_as(silu(gate).mul_(up), down), down, expert, out)
+
+
+def _product(rows: Tensor, weights: ExpertWeights, expert: int, out: Tensor) -> None:
+    """int8 is exact in every dtype of rows, so its scales are applied to the product, which is smaller."""
+    if isinstance(weights, ChannelExperts):
+        torch.mm(rows, weights.values[expert].to(rows.dtype).t(), out=out)
+        out.mul_(weights.scales[expert])
+    else:
+        torch.mm(rows, weights.weight_of(expert).to(rows.dtype).t(), out=out)
 
 
 def _quantized_as(x: Tensor, weights: ExpertWeights) -> Tensor:
