@@ -111,7 +111,7 @@ def _run_here(*flags: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def stall_of_a_save(steps: int = 24, every: int = 6) -> dict[str, float]:
+def stall_of_a_save(steps: int = 12, every: int = 3) -> dict[str, float]:
     """What a save costs the loop, as a share of a step: how long ``save_checkpoint`` holds it up, median over saves.
 
     A transformer of 4 layers, 256 dims and 8 sequences of 256 tokens, AdamW, on one thread: 12 bytes of state a
