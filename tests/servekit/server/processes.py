@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,16 @@ class ServerProcess:
             if "servekit.engine.process" in command:
                 return pid
         return 0
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The engine stands still: no answer ends meanwhile, however fast it is and however slow the test."""
+        pid = self.engine()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60, **options)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,22 +123,24 @@ def test_a_reset_forgets_prefixes(admin: httpx.Client, http: httpx.Client) -> No
     assert cached() == 0
 
 
-def test_a_key_over_its_share_is_told_and_others_are_served(managed: ServerProcess, http: httpx.Client) -> None:
-    body = completion(max_tokens=1000, ignore_eos=True, stream=True, n=2)
-    with managed.client(headers=bearer(GUEST)) as guest:
-        streams = [guest.stream("POST", COMPLETIONS, json=body) for _ in range(3)]
-        held = []
-        for stream in streams:
-            lines = stream.__enter__().iter_lines()
-            next(lines)
-            held.append(lines)
-        refused = guest.post(COMPLETIONS, json=completion())
+def test_a_key_over_its_share_is_told_and_others_are_served(
+    managed: ServerProcess, admin: httpx.Client, http: httpx.Client
+) -> None:
+    body = json.dumps(completion(max_tokens=1000, ignore_eos=True, stream=True, n=2)).encode()
+    lines = [f"POST {COMPLETIONS} HTTP/1.1", "Host: x", f"Authorization: Bearer {GUEST}"]
+    lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "", ""]
+    with contextlib.ExitStack() as held, managed.client(headers=bearer(GUEST)) as guest:
+        with managed.frozen():
+            for _ in range(3):
+                connection = held.enter_context(socket.create_connection(("127.0.0.1", managed.port), timeout=20))
+                connection.sendall("\r\n".join(lines).encode() + body)
+            assert wait_until(lambda: admin.get("/admin/status").json()["requests"] == 3)
+            refused = guest.post(COMPLETIONS, json=completion())
         assert code(refused) == (429, "rate_limit_exceeded")
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert "--key-max-concurrent-requests" in refused.json()["error"]["message"]
         assert http.post(COMPLETIONS, json=completion()).status_code == 200
-        for stream in streams:
-            stream.__exit__(None, None, None)
+        held.close()
         assert wait_until(lambda: guest.post(COMPLETIONS, json=completion()).status_code == 200)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from tests.servekit.server.processes import ServerProcess, wait_until
 from tests.servekit.server.rows import COMPLETIONS, completion
@@ -84,10 +85,19 @@ def test_overload_for_a_minute(sturdy: ServerProcess) -> None:
     assert figures["goodput"] >= 0.9
 
 
+def held(server: ServerProcess) -> tuple[int, int, set[str]]:
+    """Descriptors, children and what lies in shared memory: nothing of a dead engine stays."""
+    process = psutil.Process(server.process.pid)
+    shared = Path("/dev/shm")
+    ours = {path.name for path in shared.iterdir() if "servekit" in path.name} if shared.exists() else set()
+    return process.num_fds(), len(process.children()), ours
+
+
 @pytest.mark.slow
 def test_fifty_kills(sturdy: ServerProcess) -> None:
     chance = random.Random(7)
     taken = []
+    before = held(sturdy)
     for _ in range(50):
         time.sleep(chance.random() * 0.5)
         os.kill(sturdy.engine(), signal.SIGKILL)
@@ -95,6 +105,7 @@ def test_fifty_kills(sturdy: ServerProcess) -> None:
         assert wait_until(lambda: httpx.get(f"{sturdy.url}/health").status_code == 503, 1)
         assert wait_until(lambda: httpx.get(f"{sturdy.url}/health").status_code == 200, 10)
         taken.append(time.monotonic() - killed)
+    assert wait_until(lambda: held(sturdy) == before), (before, held(sturdy))
     print(json.dumps({"ready_again_s": {"median": sorted(taken)[25], "worst": max(taken)}}))
     assert (
         sum(b"servekit.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in sturdy.children()) == 1
