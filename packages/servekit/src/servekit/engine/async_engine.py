@@ -388,6 +388,7 @@ class AsyncEngine:
                     await self._send(m.Abort(ended))
             for message in messages:
                 self._heed(message)
+            await asyncio.sleep(0)  # a message that is there already is received without a turn for others
 
     def _waiting(self) -> Iterator[m.FromEngine]:
         """What has come meanwhile: where this process is behind, several steps are taken in at once."""
