@@ -20,7 +20,17 @@ TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "httpx",
 CLIENTS = ["openai", "anthropic", "schemathesis"]
 SANITIZERS = ["libasan.so", "libubsan.so"]
 TEST_EXTRAS = ["llguidance", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"]
-TRAIN_EXTRAS = ["torchao", "torchdata", "torchmetrics", "tensorboard", "jsonargparse", "peft", "onnx", "onnxruntime", "onnxscript"]
+TRAIN_EXTRAS = [
+    "torchao",
+    "torchdata",
+    "torchmetrics",
+    "tensorboard",
+    "jsonargparse",
+    "peft",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+]
 KERNEL_NEEDS = ["triton"]  # beside a CPU build of torch: it interprets and compiles kernels without a GPU
 
 nox.options.sessions = ["tests", "lint", "types", "build"]

@@ -307,9 +307,41 @@ def test_preemption_takes_the_last_one_admitted_and_loses_no_token():
     harness.run()
     assert harness.scheduler.stats().preemptions >= 1
     assert harness.order == ["old", "young"]
-    names = [event.name for update in harness.updates["young"] for event in update.events]
-    assert "preempted" in names
+    names = names_of_events(harness, "young")
+    assert names.count("preempted") == names.count("resumed") >= 1
+    assert names[names.index("preempted") + 1] == "resumed"
     assert harness.tokens("young") == expected_output([2] * 15, 30)
+
+
+def names_of_events(harness: Harness, name: str) -> list[str]:
+    """In the order in which they came, which is that of their times."""
+    events = [event for update in harness.updates[name] for event in update.events]
+    assert [event.at for event in events] == sorted(event.at for event in events)
+    return [event.name for event in events]
+
+
+@pytest.mark.parametrize("held", [None, RequestState.WAITING_GRAMMAR, RequestState.WAITING_REMOTE_KV])
+@pytest.mark.parametrize("ends", ["length", "abort", "timeout", "error"])
+def test_every_transition_is_told_with_its_time(held, ends):
+    harness = Harness()
+    harness.add("r", [1, 2, 3], 6, held=held, deadline=10.0 if ends == "timeout" else None)
+    harness.clock.now += 1
+    if held:
+        harness.scheduler.ready("r")
+    for _ in range(2):
+        harness.clock.now += 1
+        harness.step()
+    if ends == "abort":
+        harness.scheduler.abort("r")
+    if ends == "error":
+        harness.runner.fail_slots["r"] = "broken"
+    harness.clock.now = 11.0
+    harness.run()
+    harness.collect()
+    assert harness.reason("r") == ends
+    assert names_of_events(harness, "r") == [
+        "queued", *(["ready"] if held else []), "scheduled", "first_token", "finished",
+    ]  # fmt: skip
 
 
 def test_priority_goes_first_and_gives_way_last():

@@ -11,6 +11,7 @@ import servekit
 from common_platform.artifact import open_model_folder
 from common_platform.errors import ArtifactDigestMismatch, ArtifactError, ConfigError, RequestError
 from servekit import LLM, SamplingParams
+from servekit.execution.logits_processors import name_of
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,40 @@ def test_an_artifact_that_answers_differently_is_refused(folder, tmp_path):
         writer.commit(probes=[Probe([5, 6, 7], [-1.0, -1.0])])
     with pytest.raises(ArtifactDigestMismatch, match=r"probes\[0\]"):
         LLM(tmp_path / "m", kv_cache_memory_bytes=4 << 20)
+
+
+class OnlyEven:
+    """Lets half of the vocabulary through, for requests that do not say that they want it all."""
+
+    def __new__(cls, params):
+        return None if (params.extra_args or {}).get("all") else super().__new__(cls)
+
+    def __init__(self, params):
+        self.calls = 0
+
+    def __call__(self, prompt_ids, output_ids, logits):
+        assert len(output_ids) == self.calls, "one a request, called before each of its tokens"
+        self.calls += 1
+        logits[1::2] = float("-inf")
+        return logits
+
+
+@pytest.mark.parametrize("named", [OnlyEven, f"{__name__}:OnlyEven"], ids=["class", "name"])
+def test_a_class_of_ones_own_sees_every_request(llm, folder, named):
+    name_of(OnlyEven)
+    with LLM(folder, kv_cache_memory_bytes=4 << 20, logits_processors=[named]) as other:
+        for output in other.generate(PROMPTS, GREEDY):
+            assert all(token % 2 == 0 for token in output.outputs[0].token_ids)
+        free = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, extra_args={"all": True})
+        found = [output.outputs[0].token_ids for output in other.generate(PROMPTS, free)]
+    assert found == [output.outputs[0].token_ids for output in llm.generate(PROMPTS, free)]
+    assert any(token % 2 for tokens in found for token in tokens)
+
+
+@pytest.mark.parametrize("wrong", ["no_such_module:X", "json:NoSuchClass", "not a name"])
+def test_a_class_that_is_not_there_is_named(folder, wrong):
+    with pytest.raises(ConfigError, match="logits_processors"):
+        LLM(folder, kv_cache_memory_bytes=4 << 20, logits_processors=[wrong])
 
 
 def test_public_names():

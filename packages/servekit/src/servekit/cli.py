@@ -87,6 +87,12 @@ def engine_options(command: Command) -> Command:
         callback=lambda context, option, text: text and SpeculativeConfig.parse(text),
         help='Drafts: {"num_speculative_tokens": 4} by prompt lookup, {"model": PATH} by a draft model.',
     )(command)
+    command = click.option(
+        "--logits-processors",
+        metavar="MODULE:CLASS,...",
+        callback=lambda context, option, text: [name.strip() for name in text.split(",")] if text else [],
+        help="Classes of your own that see the logits of every request.",
+    )(command)
     prefix = click.option(
         "--enable-prefix-caching/--no-enable-prefix-caching",
         " /--no-prefix-caching",

@@ -25,6 +25,7 @@ from servekit.engine.output import OutputProcessor, RequestOutput, RequestTracke
 from servekit.engine.tokenizer import Tokenizer
 from servekit.engine.tracing import RequestTracer
 from servekit.engine.validate import EngineRequest, validate
+from servekit.execution.logits_processors import name_of
 from servekit.execution.pooling import POOLINGS
 from servekit.execution.proposer import SpeculativeConfig
 from servekit.sampling.parameters import SamplingParams
@@ -58,7 +59,7 @@ class LLM:
 
     Args:
         model: a Hugging Face folder or a hand-off artifact, which is verified first.
-        settings: the fields of ``EngineConfig``.
+        settings: the fields of ``EngineConfig``; ``logits_processors`` may be classes themselves.
 
     Raises:
         ArtifactError: the folder cannot be used.
@@ -68,6 +69,8 @@ class LLM:
     def __init__(self, model: str | Path, **settings: Any) -> None:
         if isinstance(settings.get("speculative_config"), dict):
             settings["speculative_config"] = SpeculativeConfig(**settings["speculative_config"])
+        if "logits_processors" in settings:
+            settings["logits_processors"] = [name_of(each) for each in settings["logits_processors"]]
         config = EngineConfig(model=str(model), **settings)
         self._core = EngineCore(config)
         self.tokenizer = Tokenizer.from_folder(self._core.executor.folder)

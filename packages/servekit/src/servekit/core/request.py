@@ -55,7 +55,7 @@ class IllegalTransition(RuntimeError):
 class RequestEvent(msgspec.Struct, frozen=True, array_like=True):
     """Something that happened to a request, and when, in seconds of the scheduler's clock."""
 
-    name: str  # queued | scheduled | preempted | first_token | finished
+    name: str  # queued | ready (what it was held for) | scheduled | preempted | resumed | first_token | finished
     at: float
 
 

@@ -132,6 +132,7 @@ class Scheduler:
             self._forks.setdefault(request.fork_of or "", []).append(request)
             return True
         request.move_to(RequestState.WAITING)
+        request.happened("ready", self._clock())
         self._policy.push(request)
         return True
 
@@ -301,6 +302,8 @@ class Scheduler:
             self._stats.prefix_queried_tokens += request.num_prompt
             self._stats.prefix_hit_tokens += hit.num_tokens
             self._stats.offload_hit_tokens += len(hit.offloaded) * self.kv.block_size
+        else:
+            request.happened("resumed", self._clock())
         draft.copies.extend(copies)
         draft.starts.append(
             RowStart(

@@ -39,6 +39,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     async_scheduling: bool = True
     speculative_config: SpeculativeConfig | None = None  # drafts; steps are then planned one at a time
     deterministic: bool = False  # a request has the same bits whatever is computed with it; slower, and float32 only
+    logits_processors: list[str] = []  # classes that see every request, as module:Class
     allow_nonfinite: bool = False  # take an artifact with weights that are no finite numbers
     probe_tolerance: float | None = None  # nats; None: by dtype
     grammar_limits: GrammarLimits = GrammarLimits()

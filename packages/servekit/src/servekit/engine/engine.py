@@ -59,6 +59,7 @@ class EngineCore:
             enforce_eager=config.enforce_eager,
             kv_cache_dtype=config.kv_cache_dtype,
             quantization=config.quantization,
+            logits_processors=tuple(config.logits_processors),
             allow_nonfinite=config.allow_nonfinite,
         )
         self.executor = InProcessExecutor(config.model, executor)

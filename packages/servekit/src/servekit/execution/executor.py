@@ -20,6 +20,7 @@ from common_platform.platforms import Platform, detect
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import KVGroup, ModelFacts
 from servekit.core.plan import StepPlan, StepResult
+from servekit.execution import logits_processors
 from servekit.execution.device_memory import DeviceMemory, MemoryProfile, TorchMemory, profile_memory
 from servekit.execution.draft_model import DraftModelProposer
 from servekit.execution.graphs import CudaRecorder, Recorder
@@ -50,6 +51,7 @@ class ExecutorConfig:
     max_model_len: int = 0  # 0: what the model was made for
     speculative: SpeculativeConfig | None = None
     offload_folder: str | None = None
+    logits_processors: tuple[str, ...] = ()  # classes that see every request, module:Class
     allow_nonfinite: bool = False  # weights of an artifact may be no finite numbers
     deterministic: bool = False  # the same bits whatever else is computed; in float32
     kernels: str = "auto"  # auto | native | reference | triton
@@ -109,6 +111,7 @@ class InProcessExecutor:
             device=str(self.device),
             num_parameters=num_parameters,
         )
+        self._processors = logits_processors.for_all(config.logits_processors)
         self._proposer = self._make_proposer()
         self._runner: ModelRunner | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="servekit-executor")
@@ -264,6 +267,7 @@ class InProcessExecutor:
             self._config.offload_folder,
             self.kernels,
             self._recorder(),
+            self._processors,
         )
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:

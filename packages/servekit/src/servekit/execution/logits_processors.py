@@ -1,4 +1,4 @@
-"""Logits processors of the operator's own, registered by name before requests can ask for them."""
+"""Logits processors of the operator's own: classes that see every request, or names that requests can ask for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from common_platform.errors import RequestError
+from common_platform.errors import ConfigError, RequestError
 from servekit.sampling.parameters import SamplingParams
 
 
@@ -20,7 +20,7 @@ class LogitsProcessor(Protocol):
         """``logits`` is ``[vocab]`` float32 and may be changed in place."""
 
 
-Factory = Callable[[SamplingParams], LogitsProcessor]
+Factory = Callable[[SamplingParams], LogitsProcessor | None]  # a class; None: this request is none of its business
 _registered: dict[str, Factory] = {}
 
 
@@ -34,16 +34,44 @@ def known() -> dict[str, Factory]:
     return plugins | _registered
 
 
-def make_processors(params: SamplingParams) -> list[LogitsProcessor]:
-    """The processors that a request names.
+def name_of(factory: Factory | str) -> str:
+    """``module:Class``, as an engine's settings name a class in plain text; it is found by that from now on."""
+    if isinstance(factory, str):
+        return factory
+    name = f"{factory.__module__}:{factory.__qualname__}"
+    register(name, factory)
+    return name
+
+
+def for_all(names: Sequence[str]) -> list[Factory]:
+    """The classes that an engine's settings name, as ``module:Class`` or as they were registered.
+
+    Raises:
+        ConfigError: there is no such class.
+    """
+    registered = known()
+    found: list[Factory] = []
+    for name in names:
+        try:
+            found.append(registered[name] if name in registered else pkgutil.resolve_name(name))
+        except (ImportError, AttributeError, ValueError) as error:
+            limit = "module:Class that can be imported, or a registered name"
+            raise ConfigError("logits_processors", name, limit, flag="--logits-processors") from error
+    return found
+
+
+def make_processors(params: SamplingParams, always: Sequence[Factory] = ()) -> list[LogitsProcessor]:
+    """The processors of one request: those of every request first, then those that it names.
 
     Raises:
         RequestError: one is not registered.
     """
-    if not params.logits_processors:
-        return []
-    names = known()
-    for name in params.logits_processors:
-        if name not in names:
-            raise RequestError("logits_processors", name, f"one of {sorted(names)}", code="unsupported")
-    return [names[name](params) for name in params.logits_processors]
+    chosen = list(always)
+    if params.logits_processors:
+        names = known()
+        for name in params.logits_processors:
+            if name not in names:
+                raise RequestError("logits_processors", name, f"one of {sorted(names)}", code="unsupported")
+            chosen.append(names[name])
+    made = (factory(params) for factory in chosen)
+    return [processor for processor in made if processor is not None]

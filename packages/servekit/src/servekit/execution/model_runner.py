@@ -16,6 +16,7 @@ from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.plan import RowStart, StepPlan, StepResult, TokenLogprob
 from servekit.execution.graphs import GraphedForward, GraphSizes, Recorder
 from servekit.execution.input_batch import InputBatch, StepArrays
+from servekit.execution.logits_processors import Factory
 from servekit.execution.offload import OffloadStore
 from servekit.execution.pooling import Pool
 from servekit.execution.proposer import Proposer
@@ -88,6 +89,7 @@ class ModelRunner:
         offload_folder: str | None = None,
         kernels: Kernels = DEFAULT_KERNELS,
         recorder: Recorder | None = None,
+        processors: Sequence[Factory] = (),
     ) -> None:
         self.model = model
         self._proposer = proposer
@@ -101,7 +103,7 @@ class ModelRunner:
             device,
             kernels.build_metadata,
         )
-        self.sampler = Sampler(model.vocab_size, scheduler.max_num_seqs, device, kernels.sample)
+        self.sampler = Sampler(model.vocab_size, scheduler.max_num_seqs, device, kernels.sample, processors)
         self._prompt_logprobs: dict[int, int] = {}  # slot -> how many of the most likely
         self._pools: dict[int, Pool] = {}
         for attention in model.attentions:

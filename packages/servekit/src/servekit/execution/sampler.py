@@ -19,7 +19,7 @@ from torch import Tensor
 from common_platform.errors import PlatformError
 from servekit.core.plan import TokenLogprob
 from servekit.execution import sampling_ops as ops
-from servekit.execution.logits_processors import LogitsProcessor, make_processors
+from servekit.execution.logits_processors import Factory, LogitsProcessor, make_processors
 from servekit.kernels.argmax import argmax_for
 from servekit.kernels.paged_attention.metadata import to_device
 from servekit.layers.kernels import Sample
@@ -94,9 +94,16 @@ class Sampler:
     """
 
     def __init__(
-        self, vocab_size: int, max_num_seqs: int, device: torch.device | str = "cpu", kernel: Sample | None = None
+        self,
+        vocab_size: int,
+        max_num_seqs: int,
+        device: torch.device | str = "cpu",
+        kernel: Sample | None = None,
+        processors: Sequence[Factory] = (),
     ) -> None:
+        """Args: processors: logits processors of every request, beside those that it names."""
         self._kernel = kernel
+        self._processors = processors
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self._argmax = argmax_for(self.device)
@@ -147,7 +154,7 @@ class Sampler:
             [*params.stop_token_ids, *([] if params.ignore_eos else eos_token_ids)],
             ops.seed_of(params.seed),
             grammar,
-            make_processors(params),
+            make_processors(params, self._processors),
         )
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
             row.counts = ops.count_tokens(row.output_ids, self.vocab_size, self.device)
