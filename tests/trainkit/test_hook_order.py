@@ -18,7 +18,8 @@ from trainkit.hooks_page import page
 SCRIPT = Path(__file__).parent / "parity" / "hook_order.py"
 LIGHTNING = Path(__file__).parents[2] / ".peers" / "lightning" / "bin" / "python"
 CASES = """fit accumulate mid_epoch max_steps every_second no_validation fast_dev_run datamodule manual stops
-validate test test_datamodule predict checkpoints resume exception""".split()
+validate test test_datamodule predict checkpoints resume exception exception_step exception_validation
+exception_test""".split()
 
 
 def recorded(python: Path | str, library: str, folder: Path) -> dict[str, list[str]]:
@@ -42,15 +43,18 @@ def theirs(tmp_path_factory):
     return recorded(LIGHTNING, "lightning", tmp_path_factory.mktemp("theirs"))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "exception"])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("exception")])
 def test_every_hook_is_called_when_lightning_calls_it(ours, theirs, case):
     assert ours[case] == theirs[case]
 
 
-def test_after_an_exception_there_is_also_a_teardown(ours, theirs):
-    ending = ["callback.teardown(Trainer, Module, stage='fit')", "module.teardown(stage='fit')"]
-    assert [call for call in ours["exception"] if call not in ending] == theirs["exception"]
-    assert ours["exception"][-3:-1] == ending
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("exception")])
+def test_after_an_exception_there_is_also_a_teardown(ours, theirs, case):
+    stage = "test" if case == "exception_test" else "fit"
+    ending = [f"{who}.teardown({about}stage='{stage}')" for who, about in
+              (("data", ""), ("callback", "Trainer, Module, "), ("module", ""))]  # fmt: skip
+    assert [call for call in ours[case] if call not in ending] == theirs[case]
+    assert [call for call in ours[case][-4:-1] if call in ending] == ending[case != "exception_test" :]
 
 
 FIT = """

@@ -53,12 +53,32 @@ class Attention(nn.Module):
         return self.head(self.block(x.view(-1, 4, 4)).flatten(1))
 
 
+class GPT(nn.Module):
+    """Token and place embeddings, two blocks that look back only, and a tied head: the next of sixteen tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(16, 8), nn.Embedding(15, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 16, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, x):
+        tokens = (x * 4).long().clamp(-8, 7) + 8  # [batch, 16]
+        seen = self.tokens(tokens[:, :-1]) + self.places.weight
+        hidden = self.blocks(seen, mask=nn.Transformer.generate_square_subsequent_mask(15), is_causal=True)
+        losses = F.cross_entropy(self.head(hidden).flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        return losses.view(len(x), -1).mean(1, keepdim=True)
+
+
 NETS = {
     "mlp": lambda: nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1)),
     "cnn": lambda: nn.Sequential(
         nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 1)
     ),
     "transformer": Attention,
+    "gpt": GPT,
 }
 
 
@@ -198,6 +218,68 @@ def test_manual_optimization_of_a_gan_is_the_plain_loop(tmp_path):
         assert torch.equal(one, other)
         assert one.requires_grad
     assert fit.global_step == 2 * (8 + 4)
+
+
+class Several(trainkit.TrainModule):
+    """Two parts with optimizers and schedulers of their own, which step in turns, one of them after two batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.body, self.head = nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.2), nn.Tanh()), nn.Linear(8, 1)
+        self.losses: list[float] = []
+
+    def loss(self, batch):
+        return F.mse_loss(self.head(self.body(batch[0])), batch[1])
+
+    def training_step(self, batch, batch_idx):
+        body, head = self.optimizers()
+        first, second = self.lr_schedulers()
+        loss = self.loss(batch)
+        self.losses.append(loss.item())
+        self.manual_backward(loss)
+        head.step()
+        head.zero_grad()
+        second.step()
+        if batch_idx % 2:
+            self.clip_gradients(body, 0.05, "value")
+            body.step()
+            body.zero_grad()
+        if self.trainer.is_last_batch:
+            first.step()
+
+    def configure_optimizers(self):
+        body, head = ADAMW(self.body.parameters(), lr=0.01), SGD(self.head.parameters(), lr=0.1, momentum=0.9)
+        rates = torch.optim.lr_scheduler
+        return [body, head], [rates.StepLR(body, 1, 0.5), rates.ExponentialLR(head, 0.95)]
+
+
+def test_several_optimizers_and_schedulers_are_the_plain_loop(tmp_path):
+    torch.manual_seed(0)
+    ours = Several()
+    theirs = copy.deepcopy(ours)
+    fit = trainer(tmp_path, max_epochs=3, logger=False, enable_checkpointing=False)
+    torch.manual_seed(1)
+    fit.fit(ours, DataLoader(data(), 6, shuffle=True))
+    torch.manual_seed(1)
+    (body, head), (first, second) = theirs.configure_optimizers()
+    loader, losses = DataLoader(data(), 6, shuffle=True), []
+    for _ in range(3):
+        for index, batch in enumerate(loader):
+            loss = theirs.loss(batch)
+            losses.append(loss.item())
+            loss.backward()
+            head.step()
+            head.zero_grad()
+            second.step()
+            if index % 2:
+                nn.utils.clip_grad_value_(theirs.body.parameters(), 0.05)
+                body.step()
+                body.zero_grad()
+        first.step()
+    assert ours.losses == losses
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 @settings(max_examples=20, deadline=None)

@@ -181,6 +181,24 @@ def trainer(**settings: Any) -> Any:
     return L.Trainer(default_root_dir=FOLDER, **(quiet | settings))
 
 
+class Breaks(RecordedNet):
+    """Raises in one of its steps."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        setattr(self, step, self.breaks)
+
+    def breaks(self, batch, batch_idx):
+        raise ValueError("no more")
+
+
+def failing(act: Any) -> None:
+    try:
+        act()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is what is compared
+        CALLS.append(f"raised {error}" if NAME == "lightning" else f"raised {error.__cause__ or error}")
+
+
 def run(case: str) -> None:
     torch.manual_seed(0)
     match case:
@@ -223,10 +241,13 @@ def run(case: str) -> None:
             extra = {"weights_only": False} if NAME == "lightning" else {}
             trainer(max_epochs=2).fit(RecordedNet(), ckpt_path=FOLDER / "saved.ckpt", **extra)
         case "exception":
-            try:
-                trainer(callbacks=[Raises()]).fit(RecordedNet())
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is what is compared
-                CALLS.append(f"raised {error}" if NAME == "lightning" else f"raised {error.__cause__ or error}")
+            failing(lambda: trainer(callbacks=[Raises()]).fit(RecordedNet()))
+        case "exception_step":
+            failing(lambda: trainer().fit(Breaks("training_step")))
+        case "exception_validation":
+            failing(lambda: trainer(num_sanity_val_steps=0).fit(Breaks("validation_step")))
+        case "exception_test":
+            failing(lambda: trainer().test(Breaks("test_step"), datamodule=RecordedData(), verbose=False))
         case _:
             raise SystemExit(f"no case {case}")
 
