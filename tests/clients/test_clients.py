@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tests.servekit.server.processes import ServerProcess
 
+pytestmark = pytest.mark.skipif("CLIENTS" not in os.environ, reason="no clients are installed: nox -s clients does it")
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 LIMIT_S = 240
@@ -22,9 +23,8 @@ ENV = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_HUB_OFFLINE": "1", "HF_DATASE
 
 
 def program(client: str, name: str = "python") -> str:
-    folder = os.environ.get("CLIENTS", "")
-    found = Path(folder) / client / "bin" / name
-    if not folder or not found.exists():
+    found = Path(os.environ["CLIENTS"]) / client / "bin" / name
+    if not found.exists():
         pytest.skip(f"{client} is not installed: nox -s clients does it")
     return str(found)
 
