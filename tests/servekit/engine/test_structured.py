@@ -108,3 +108,14 @@ def test_in_the_engines_own_process(folder):
             await engine.shutdown()
 
     asyncio.run(asyncio.wait_for(main(), 120))
+
+
+@pytest.mark.parametrize("max_tokens", range(1, 48, 3))
+def test_an_answer_told_as_it_comes_ends_at_its_length_behind_forced_text(llm, max_tokens):
+    """The forced text is accepted at once, what follows comes token by token: all of it counts."""
+    spec = StructuredOutput(regex="(a long text that is forced, )[a-z]{900}")
+    told = SamplingParams(max_tokens=max_tokens, temperature=0.0, structured_outputs=spec, stop=["0"])  # not at the end
+    whole = SamplingParams(max_tokens=max_tokens, temperature=0.0, structured_outputs=spec)
+    first, second = llm.generate("x", told)[0].outputs[0], llm.generate("x", whole)[0].outputs[0]
+    assert (first.finish_reason, len(first.token_ids)) == ("length", max_tokens)
+    assert first.token_ids == second.token_ids

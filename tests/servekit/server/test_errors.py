@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI, Request, Response
 
 from common_platform.errors import ArtifactError, EngineDead, PlatformError
-from servekit.server import errors
+from servekit.server import errors, streaming
 from servekit.server.middleware import Envelope
 from servekit.server.streaming import EventStream, event
 
@@ -89,6 +89,29 @@ def test_a_stream_that_breaks_ends_with_an_error_and_without_done(failure: Excep
     assert json.loads(told[-1])["error"]["code"] == code
     assert len(told) == 2
     assert SECRET not in response.text
+
+
+def test_while_nothing_comes_a_comment_keeps_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "KEEP_ALIVE_S", 0.05)
+
+    async def slow() -> AsyncGenerator[bytes, None]:
+        await asyncio.sleep(0.3)
+        yield event({"text": "a"})
+
+    app = FastAPI()
+
+    @app.get("/slow")
+    async def answer() -> Response:
+        return EventStream(slow(), 0.2)
+
+    async def ask() -> str:
+        transport = httpx.ASGITransport(Envelope(app))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return (await client.get("/slow")).text
+
+    parts = asyncio.run(ask()).split("\n\n")
+    assert parts[0] == ": keep-alive"
+    assert parts[-3:] == ['data: {"text":"a"}', "data: [DONE]", ""]
 
 
 def test_a_stream_refused_before_its_first_event_has_a_status_of_its_own() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import BaseModel, Field
 from tests.servekit.server.processes import ServerProcess
 
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
@@ -189,3 +190,47 @@ def test_a_grammar_that_cannot_be_compiled_is_named_and_others_go_on(client: ope
     choice = {"structured_outputs": {"choice": ["left", "right"]}}
     answer = client.chat.completions.create(model="M", messages=HELLO, max_tokens=50, extra_body=choice)
     assert answer.choices[0].message.content in ("left", "right")
+
+
+class Weather(BaseModel):
+    """The weather somewhere."""
+
+    town: str = Field(max_length=12)
+    days: int = Field(ge=1, le=9)
+
+
+def test_pydantic_models_are_filled_by_chats_whole_and_streamed(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "M", "messages": HELLO, "max_tokens": 120, "temperature": 0}
+    whole = client.chat.completions.parse(**asked, response_format=Weather).choices[0].message.parsed
+    assert isinstance(whole, Weather)
+    with client.chat.completions.stream(**asked, response_format=Weather) as stream:
+        kinds = {event.type for event in stream}
+        streamed = stream.get_final_completion().choices[0].message.parsed
+    assert streamed == whole
+    assert {"chunk", "content.delta", "content.done"} <= kinds
+
+
+def test_pydantic_functions_are_called_with_their_own_types(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "M", "messages": HELLO, "max_tokens": 200, "temperature": 0}
+    tools = [openai.pydantic_function_tool(Weather)]
+    answer = client.chat.completions.parse(**asked, tools=tools, tool_choice="required", parallel_tool_calls=False)
+    assert isinstance(answer.choices[0].message.tool_calls[0].function.parsed_arguments, Weather)
+    free = client.chat.completions.create(**asked | {"max_tokens": 8}, tools=tools)  # strict, and free not to call
+    assert free.choices[0].message.content is not None
+
+
+def test_the_asynchronous_client_streams_many_at_once(server: ServerProcess) -> None:
+    async def one(client: openai.AsyncOpenAI, number: int) -> str:
+        messages: list[Any] = [{"role": "user", "content": f"question {number}"}]
+        asked: dict[str, Any] = {"model": "M", "messages": messages, "max_tokens": 12, "temperature": 0}
+        stream = await client.chat.completions.create(**asked, stream=True)
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices])
+        whole = await client.chat.completions.create(**asked)
+        assert whole.choices[0].message.content == text
+        return text
+
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+            return await asyncio.gather(*[one(client, number) for number in range(8)])
+
+    assert len(set(asyncio.run(all_of_them()))) > 1

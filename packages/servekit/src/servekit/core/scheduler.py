@@ -426,6 +426,8 @@ class Scheduler:
                 request.decodes_until = request.grows_until = 0
             request.pooled = result.pooled.get(slot, [])
             self._advance(row, new, result.logprobs.get(slot, []))
+            if row[4]:
+                self._confirm_accepted(row, len(new))
 
     def _take_decoded(self, decodes: list[Request], tokens: list[int]) -> None:
         """One token each, of which nothing else is told; mostly not the last one."""
@@ -479,6 +481,14 @@ class Scheduler:
         self.kv.share_computed(request, before)
         if before < request.num_prompt <= request.num_confirmed:
             self._release_siblings(request.id)
+
+    def _confirm_accepted(self, row: Row, num_new: int) -> None:
+        """Accepted drafts are tokens of the request by now, and were computed: who counted them late would end late."""
+        request, start, num_tokens, _, drafts = row
+        if request.state is RUNNING:
+            before = request.num_confirmed
+            request.num_confirmed = min(start + num_tokens - (len(drafts) + 1 - num_new), request.num_tokens - 1)
+            self.kv.share_computed(request, before)
 
     def _collect_prompt_logprobs(self, row: Row, logprobs: list[TokenLogprob]) -> None:
         request = row[0]
