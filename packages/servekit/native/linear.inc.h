@@ -21,7 +21,7 @@ constexpr int MOST_ROWS = 6, MOST_SUMS = 12;
 #else
 constexpr int MOST_ROWS = 4, MOST_SUMS = 8;
 #endif
-constexpr int BYTE_ROWS = MOST_ROWS < 6 ? MOST_ROWS : 6;  // beside weights of 8 or 4 bits: with 8, 408 GFLOP/s and not 385
+constexpr int BYTE_ROWS = MOST_ROWS < 6 ? MOST_ROWS : 6;  // beside weights of 8 or 4 bits: 408 GFLOP/s, and not 385
 constexpr int CHUNK_ROWS = 4 * MOST_ROWS;                 // that pass over the same columns
 
 // Vectors of columns of a tile with that many rows: as many as registers hold sums of.
@@ -122,7 +122,8 @@ void i4_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first,
       const vu both = load_words(at + u * VECTOR);
       const vf scale = low_halves(both), lowest = high_halves(both);
       for (int r = 0; r < MR; ++r)
-        sums[r][u] = to_float(dots[r][u]) * scale * scales[r * groups + g] + (lowest * totals[r * groups + g] + sums[r][u]);
+        sums[r][u] = to_float(dots[r][u]) * scale * scales[r * groups + g] +
+                     (lowest * totals[r * groups + g] + sums[r][u]);
     }
     at += ROW;
   }

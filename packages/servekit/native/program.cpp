@@ -149,8 +149,11 @@ struct Linear final : Operation {
   int32_t epilogue, threads;
   const Operation* following = nullptr;  // the next one that reads weights
   int panels() const { return weight.n / PANEL; }
-  // Panels are halved where threads would not end together; gates stand in one half and what they let through in the other.
-  int slices() const { return epilogue != SK_SWIGLU && panels() < 16 * threads && panels() % threads ? 2 * panels() : panels(); }
+  // Panels are halved where threads would not end together; not those of gates, which stand in a half of their own.
+  int slices() const {
+    const bool uneven = panels() < 16 * threads && panels() % threads != 0;
+    return uneven && epilogue != SK_SWIGLU ? 2 * panels() : panels();
+  }
   // Parts of the rows: few, so that a panel is read by few, but enough tasks for threads to end together.
   int parts(int tokens) const { return tokens <= 96 ? 1 : std::max(1, std::min(tokens / 48, share(24 * threads, panels()))); }
   int tasks(const Context& c) const override { return slices() * parts(c.step->tokens); }

@@ -45,7 +45,9 @@ struct Rows {
 };
 
 // Relative to the length of a row: bf16 and int8 activations are rounded, and so are weights of fewer bits.
-double allowed_of(int format) { return format == SK_F32 ? 2e-6 : format == SK_BF16 ? 1.2e-2 : format == SK_I8 ? 3e-2 : 0.15; }
+double allowed_of(int format) {
+  return format == SK_F32 ? 2e-6 : format == SK_BF16 ? 1.2e-2 : format == SK_I8 ? 3e-2 : 0.15;
+}
 
 void products(sk_pool* pool, int format, int rows, int outs, int width) {
   const int packed = (outs + 63) / 64 * 64;
@@ -114,7 +116,8 @@ void attention(sk_pool* pool, int format, int heads, int kv_heads, int width, in
     const float* x = given.data() + static_cast<size_t>(p) * cols + static_cast<size_t>(head) * width;
     const float *cosines = angles.data() + static_cast<size_t>(p) * width, *sines = cosines + width / 2;
     const int h = width / 2, e = d % h;
-    return static_cast<double>(d < h ? x[e] * cosines[e] - x[h + e] * sines[e] : x[h + e] * cosines[e] + x[e] * sines[e]);
+    const float first = x[e] * cosines[e] - x[h + e] * sines[e], second = x[h + e] * cosines[e] + x[e] * sines[e];
+    return static_cast<double>(d < h ? first : second);
   };
   for (int head = 0; head < heads; ++head) {
     const int kv = head / (heads / kv_heads);
@@ -125,10 +128,10 @@ void attention(sk_pool* pool, int format, int heads, int kv_heads, int width, in
       for (int d = 0; d < width; ++d) score += turned(tokens, head, d) * turned(p, heads + kv, d);
       total += weights[p] = std::exp(score * scale);
     }
+    const size_t first = static_cast<size_t>(heads + kv_heads + kv) * width;
     for (int d = 0; d < width; ++d) {
       double exact = 0;
-      for (int p = 0; p < all; ++p)
-        exact += weights[p] / total * given[static_cast<size_t>(p) * cols + static_cast<size_t>(heads + kv_heads + kv) * width + d];
+      for (int p = 0; p < all; ++p) exact += weights[p] / total * given[static_cast<size_t>(p) * cols + first + d];
       check("attention", out.row(0)[head * width + d], exact, format == SK_F32 ? 2e-5 : 3e-2);
     }
   }
