@@ -111,6 +111,13 @@ def test_a_context_longer_than_the_models_is_refused(tiny_model: Path) -> None: 
     assert "--max-model-len" in ended.stderr
 
 
+def test_keys_and_values_of_an_unknown_kind_are_refused(tiny_model: Path) -> None:  # cfg-006
+    ended = run("serve", str(tiny_model), "--port", "0", "--kv-cache-dtype", "fp3")
+    first = ended.stderr.splitlines()[0]
+    assert (ended.returncode, ended.stdout) == (3, "")
+    assert all(word in first for word in ("kv_cache_dtype", "fp3", "fp8", "int8")), ended.stderr
+
+
 def test_a_signal_while_loading_ends_it(tiny_model: Path) -> None:
     command = [sys.executable, "-m", "servekit.cli", "serve", str(tiny_model), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -29,7 +29,6 @@ ABSENT = {
     **dict.fromkeys(("cli-007", "cli-008"), PARALLEL),
     **dict.fromkeys(("cli-015", "cli-016", "cli-017"), TRANSFER),
     **dict.fromkeys(("cli-020", "cli-021", "cli-022", "cli-023"), TRAINER),
-    "cfg-006": "keys and values have the model's own dtype: there is no kv_cache_dtype yet",
     "cfg-008": "chunked prefill cannot be turned off",
     "cfg-010": "the prefix cache knows SHA-256 only: there is no prefix_cache_hash",
 }
