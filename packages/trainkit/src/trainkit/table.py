@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
-
 
 def print_metrics(stage: str, metrics: list[dict[str, float]]) -> None:
     """Print the metrics of an evaluation, a column a loader, on stdout."""
     if not any(metrics):
         return
+    from rich.console import Console  # imported where they are needed: they are slow to import
+    from rich.table import Table
+
     table = Table(stage, *(f"loader {n}" if len(metrics) > 1 else "value" for n in range(len(metrics))))
     names = dict.fromkeys(name.partition("/dataloader_idx_")[0] for found in metrics for name in found)
     for name in names:

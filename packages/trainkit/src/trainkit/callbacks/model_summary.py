@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from common_platform.errors import ConfigError
 from trainkit.callbacks.base import Callback
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from trainkit.module import TrainModule
     from trainkit.trainer import Trainer
 
@@ -30,6 +30,8 @@ class ModelSummary(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: TrainModule) -> None:
         if trainer.is_global_zero and self.max_depth:
+            from rich.console import Console  # imported where it is needed: it is slow to import
+
             Console(stderr=True).print(summary(pl_module, self.max_depth))
 
 
@@ -39,6 +41,8 @@ class RichModelSummary(ModelSummary):
 
 def summary(module: nn.Module, max_depth: int = 1) -> Table:
     """The layers of ``module`` down to ``max_depth``, and at the end the sums."""
+    from rich.table import Table
+
     table = Table("layer", "kind", "parameters", "trained", "mode")
     for name, layer in module.named_modules():
         if name and (max_depth == -1 or name.count(".") < max_depth):

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from trainkit.callbacks.base import Callback
 from trainkit.loop.results import batch_size_of
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from trainkit.module import TrainModule
     from trainkit.trainer import Trainer
 
@@ -36,9 +36,8 @@ class ProgressBar(Callback):
 
     def __init__(self, *, plain_every_s: float = PLAIN_EVERY_S) -> None:
         self._plain_every_s = plain_every_s
-        self._console = Console(stderr=True)
         self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._task: Any = None  # of the bar
         self._line_at = 0.0
         self._is_shown = True
         self._items = 0  # tokens or samples since the last look
@@ -53,16 +52,9 @@ class ProgressBar(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: TrainModule) -> None:
         self._line_at = self._looked_at = self._began_at = time.monotonic()
         self._items, self._began_with, self._total = 0, trainer.global_step, _total_steps(trainer)
-        if not self._console.is_terminal or not self._is_shown:
+        if not sys.stderr.isatty() or not self._is_shown:
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}"),
-        )
-        self._bar = Progress(*columns, console=self._console, transient=False, refresh_per_second=4)
+        self._bar = _new_bar()
         self._bar.start()
         self._task = self._bar.add_task("training", total=self._total, completed=trainer.global_step, metrics="")
 
@@ -155,3 +147,18 @@ class RichProgressBar(ProgressBar):
     ) -> None:
         super().__init__()
         self.refresh_rate = refresh_rate
+
+
+def _new_bar() -> Progress:
+    """rich is imported where a bar is shown: it takes a tenth of the time that torch takes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[metrics]}"),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=False, refresh_per_second=4)
