@@ -112,3 +112,15 @@ def test_kill_9_of_the_server_ends_the_engine(own: ServerProcess) -> None:
     own.process.kill()
     own.wait()
     assert wait_until(lambda: not is_alive(own.engine_pid), 5)
+
+
+def test_a_request_without_a_timeout_has_the_servers(tiny_model: Path) -> None:
+    server = ServerProcess(tiny_model, "--max-request-timeout-s", "0.05")
+    try:
+        with server.client() as client:
+            answer = client.post(COMPLETIONS, json=LONG | {"n": 4})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (408, "request_timeout")
+            more = client.post(COMPLETIONS, json=LONG | {"timeout": 1.0})
+            assert (more.status_code, more.json()["error"]["param"]) == (400, "timeout")
+    finally:
+        server.stop()

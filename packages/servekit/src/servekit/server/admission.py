@@ -34,6 +34,10 @@ class Admission:
             message = f"{self._engine.num_requests} requests run or wait; allowed {most}; change with --max-queue"
             raise Overloaded(message=message)
 
+    def deadline_s(self, asked: float | None) -> float:
+        """Seconds that a request may take: what its caller asked for, within the checked limit, or else the limit."""
+        return self._limits.max_request_timeout_s if asked is None else asked
+
     @contextmanager
     def stream(self) -> Iterator[None]:
         """Hold one of the places for streamed answers."""

@@ -93,7 +93,7 @@ class Generation:
             tenant=caller.tenant,
             cache_salt=salt_of(caller.tenant, job.request.cache_salt),
             add_special_tokens=add_special_tokens,
-            timeout_s=job.request.timeout_s,
+            timeout_s=self._admission.deadline_s(job.request.timeout_s),
             param=job.param_of[index],
             pooling=job.request.pooling,
             is_replayable=not job.request.stream,

@@ -59,7 +59,9 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_image_pixels: Annotated[int, Meta(description="pixels of a picture")] = 32 * MIB
     max_image_side: Annotated[int, Meta(description="pixels of a picture's longer side")] = 16_384
     max_image_aspect: Annotated[int, Meta(description="longer side over shorter side")] = 200
-    max_request_timeout_s: Annotated[float, Meta(description="seconds a caller may give a request")] = 3600.0
+    max_request_timeout_s: Annotated[
+        float, Meta(description="seconds a request may take, also where its caller says nothing")
+    ] = 3600.0
     max_schema_bytes: Annotated[int, Meta(description="bytes of a JSON schema or grammar")] = 65_536
     max_schema_depth: Annotated[int, Meta(description="schemas inside one another")] = 32
     max_regex_chars: Annotated[int, Meta(description="characters of a regex")] = 4_096
