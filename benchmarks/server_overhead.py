@@ -66,6 +66,7 @@ class Server:
     """A server in a process group of its own."""
 
     def __init__(self, command: list[str], variables: dict[str, str] | None = None) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that an ended benchmark closes its servers
         with socket.create_server(("127.0.0.1", 0)) as found:
             self.port = int(found.getsockname()[1])
         self._process = subprocess.Popen(
