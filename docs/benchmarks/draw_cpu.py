@@ -46,53 +46,43 @@ def speed(figures: dict[str, float], workload: str, side: str) -> float | None:
     return figures.get(f"{workload}: {side}, tokens/s")
 
 
-def share(figures: dict[str, float], workload: str, side: str) -> float | None:
-    return figures.get(f"{workload}: {side}, share of the bound")
-
-
 def speeds(figures: dict[str, float]) -> str:
-    """Tokens a second of every side, and the share of the bound of ours, as a Markdown table."""
+    """Tokens a second of every side, as a Markdown table."""
     lines = ["| weights | | " + " | ".join(WORKLOADS) + " |", "|---|---|" + "--:|" * len(WORKLOADS)]
     for width, sides in SIDES.items():
         for i, side in enumerate(sides):
             cells = [speed(figures, name, side) for name in WORKLOADS]
             shown = " | ".join("" if cell is None else f"{cell:,.0f}" for cell in cells)
             lines.append(f"| {'' if i else width} | {side} | {shown} |")
-        cells = [share(figures, name, sides[0]) for name in WORKLOADS]
-        lines.append("| | share of the bound | " + " | ".join("" if c is None else f"{c:.2f}" for c in cells) + " |")
     return "\n".join(lines)
 
 
 def ratios(targets: list[dict[str, Any]]) -> str:
-    """Every comparison with a target, as a Markdown table."""
+    """Every comparison with a peer, as a Markdown table."""
     lines = ["| | measured | target | |", "|---|--:|--:|---|"]
-    for target in targets:
+    for target in (t for t in targets if "share of the bound" not in t["name"]):
         met = "met" if target["met"] else "missed"
         lines.append(f"| {target['name']} | {target['measured']:.2f} | {target['target']:g} | {met} |")
     return "\n".join(lines)
 
 
 def draw(figures: dict[str, float]) -> None:
-    _, (alone, crowd, bound) = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
+    _, (alone, crowd) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     bars = [(side, speed(figures, "decode 1", side)) for sides in SIDES.values() for side in sides]
     bars = [(side, value) for side, value in bars if value is not None]
     alone.barh([s for s, _ in bars], [v for _, v in bars], color=[COLOURS[s.rsplit("-", 1)[0]] for s, _ in bars])
     alone.invert_yaxis()
     alone.set(title="One sequence", xlabel="tokens/s, prefill counted")
-    for (width, sides), style in zip(SIDES.items(), ("-", "--", ":"), strict=True):
+    for sides, style in zip(SIDES.values(), ("-", "--", ":"), strict=True):
         for side in sides:
             points = [(n, speed(figures, f"decode {n}", side)) for n in DECODES]
             line(crowd, points, side, color=COLOURS[side.rsplit("-", 1)[0]], linestyle=style)
-        points = [(n, share(figures, f"decode {n}", sides[0])) for n in DECODES]
-        line(bound, points, f"servekit, {width}", color=COLOURS["servekit"], linestyle=style)
-    for axis in (crowd, bound):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(DECODES, [str(n) for n in DECODES])
-        axis.set_xlabel("sequences")
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
+    crowd.set_xscale("log", base=2)
+    crowd.set_xticks(DECODES, [str(n) for n in DECODES])
+    crowd.set_xlabel("sequences")
+    crowd.legend(fontsize=8)
+    crowd.grid(alpha=0.3)
     crowd.set(title="Tokens a second over concurrency", ylabel="tokens/s")
-    bound.set(title="Share of the bound", ylim=(0, 1))
     plt.savefig(HERE / "cpu.png", dpi=110)
 
 
