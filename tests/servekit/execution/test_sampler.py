@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common_platform.errors import RequestError
-from servekit.execution import logits_processors, sampling_ops
+from servekit.execution import logits_processors, sampling_ops, token_masks
 from servekit.execution.sampler import NO_TOKEN, Sampler
 from servekit.sampling.parameters import SamplingParams
 
@@ -199,10 +199,48 @@ def test_penalties_by_their_definitions():
     sampler = Sampler(VOCABULARY, 1)
     sampler.add_row(0, params, prompt, output, [])
     row = sampler._rows[0]
-    penalised = sampler._penalised(logits, [0], [row])
+    penalised = sampler._edited(logits, [0], [row], {})
     torch.testing.assert_close(penalised[0], expected)
     assert sampler.sample(logits, [0]).token_ids == [int(expected.argmax())]
-    assert float(row.counts.sum()) == 4
+    assert int(sampler._penalties.counts[row.penalties].sum()) == 4
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 7), max_size=40))
+def test_each_request_with_penalties_counts_its_own_tokens(slots):
+    """Requests come and go, in more slots than the table has had rows; none finds what another left behind."""
+    sampler = Sampler(VOCABULARY, 8)
+    outputs: dict[int, list[int]] = {}
+    for step, slot in enumerate(slots):
+        if slot in outputs and step % 3 == 0:
+            sampler.remove_row(slot)
+            del outputs[slot]
+        elif slot not in outputs:
+            sampler.add_row(slot, SamplingParams(frequency_penalty=1.0, seed=slot), [slot, slot], [1], [])
+            outputs[slot] = [1]
+        if outputs:
+            here = sorted(outputs)
+            for at, token in zip(here, sampler.sample(logits_of(len(here), step), here).token_ids, strict=True):
+                outputs[at].append(token)
+    for slot, tokens in outputs.items():
+        place = sampler._rows[slot].penalties
+        counted = sampler._penalties.counts[place].tolist()
+        assert counted == np.bincount(tokens, minlength=VOCABULARY).tolist()
+        assert sampler._penalties.in_prompt[place].nonzero().flatten().tolist() == [slot]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 100), st.data())
+def test_masks_are_the_sets_that_they_stand_for(vocab, data):
+    some = st.lists(st.integers(0, vocab - 1), max_size=20)
+    kept, left_out = data.draw(some), data.draw(some)
+    for words, expected in (
+        (token_masks.every_token(vocab), set(range(vocab))),
+        (token_masks.without(token_masks.every_token(vocab), left_out), set(range(vocab)) - set(left_out)),
+        (token_masks.without(token_masks.these(kept, vocab), left_out), set(kept) - set(left_out)),
+    ):
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+        assert set(np.flatnonzero(bits).tolist()) == expected
 
 
 def test_masks_and_biases():

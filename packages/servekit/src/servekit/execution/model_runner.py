@@ -103,7 +103,9 @@ class ModelRunner:
             device,
             kernels.build_metadata,
         )
-        self.sampler = Sampler(model.vocab_size, scheduler.max_num_seqs, device, kernels.sample, processors)
+        self.sampler = Sampler(
+            model.vocab_size, scheduler.max_num_seqs, device, kernels.sample, processors, kernels.logits
+        )
         self._prompt_logprobs: dict[int, int] = {}  # slot -> how many of the most likely
         self._pools: dict[int, Pool] = {}
         for attention in model.attentions:

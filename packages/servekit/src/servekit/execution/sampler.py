@@ -20,12 +20,15 @@ from common_platform.errors import PlatformError
 from servekit.core.plan import TokenLogprob
 from servekit.execution import sampling_ops as ops
 from servekit.execution.logits_processors import Factory, LogitsProcessor, make_processors
+from servekit.execution.penalties import PenaltyTable
+from servekit.execution.token_masks import Words, every_token, no_token, these, without
 from servekit.kernels.argmax import argmax_for
 from servekit.kernels.paged_attention.metadata import to_device
-from servekit.layers.kernels import Sample
+from servekit.layers.kernels import LogitKernels, Sample
 from servekit.sampling.parameters import SamplingParams
 
 NO_TOKEN = -1
+REFERENCE = LogitKernels()
 
 
 class Grammar(Protocol):
@@ -61,29 +64,44 @@ class SamplerRow:
     seed: int
     grammar: Grammar | None
     processors: list[LogitsProcessor]
-    counts: Tensor | None = None  # [vocab] float32, of the output
-    in_prompt: Tensor | None = None  # [vocab] bool
+    allowed: Words | None = None  # by allowed_token_ids and bad words of one token; None for all
+    bad_words: list[list[int]] = field(default_factory=list)  # of several tokens
+    penalties: int | None = None  # its row of the penalty table
     failure: str = ""  # why no token can be sampled for it
 
     @property
     def is_special(self) -> bool:
         """Whether anything but the most likely token is ever asked for, or what came before matters."""
         p = self.params
-        return bool(self.edits or self.counts is not None or p.logprobs is not None or not p.is_greedy)
+        return bool(self.is_edited or p.logit_bias or p.logprobs is not None or not p.is_greedy) or self.is_penalised
 
     @property
-    def edits(self) -> bool:
-        """Whether its logits need work that is done row by row."""
-        p = self.params
-        return bool(
-            p.logit_bias
-            or p.allowed_token_ids
-            or p.bad_words_token_ids
-            or self.grammar
-            or self.processors
-            or self.failure
-            or len(self.output_ids) < p.min_tokens
-        )
+    def is_penalised(self) -> bool:
+        return self.penalties is not None
+
+    @property
+    def is_masked(self) -> bool:
+        is_short = len(self.output_ids) < self.params.min_tokens
+        return bool(self.grammar or self.bad_words or is_short) or self.allowed is not None
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether the host has to look at it before each token."""
+        return bool(self.is_masked or self.processors or self.failure)
+
+    def next_mask(self, vocab_size: int) -> Words:
+        """The tokens that its own rules allow next. A grammar that is finished may end it before ``min_tokens``."""
+        mask = every_token(vocab_size) if self.allowed is None else self.allowed
+        output = self.output_ids
+        mask = without(mask, (word[-1] for word in self.bad_words if output[1 - len(word) :] == word[:-1]))
+        if self.grammar:
+            by_grammar = no_token(vocab_size)
+            self.grammar.fill_mask(by_grammar)
+            mask &= by_grammar
+        if len(output) < self.params.min_tokens:
+            going_on = without(mask, self.banned_early)
+            return mask if self.grammar and not going_on.any() else going_on
+        return mask
 
 
 class Sampler:
@@ -91,6 +109,8 @@ class Sampler:
 
     Args:
         kernel: ``servekit.kernels.sample`` of the device; None draws by torch's operations, with other random numbers.
+        processors: logits processors of every request, beside those that it names.
+        edit: ``servekit.kernels.logits`` of the device.
     """
 
     def __init__(
@@ -100,9 +120,10 @@ class Sampler:
         device: torch.device | str = "cpu",
         kernel: Sample | None = None,
         processors: Sequence[Factory] = (),
+        edit: LogitKernels = REFERENCE,
     ) -> None:
-        """Args: processors: logits processors of every request, beside those that it names."""
         self._kernel = kernel
+        self._edit_kernels = edit
         self._processors = processors
         self.vocab_size = vocab_size
         self.device = torch.device(device)
@@ -110,6 +131,7 @@ class Sampler:
         self._rows: dict[int, SamplerRow] = {}
         self._special: set[int] = set()  # slots that want more than their most likely token
         self._grammars: set[int] = set()
+        self._penalties = PenaltyTable(vocab_size, self.device)
         self._columns = {
             name: np.full(max_num_seqs, neutral, np.float32)
             for name, neutral in (
@@ -157,8 +179,8 @@ class Sampler:
             make_processors(params, self._processors),
         )
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
-            row.counts = ops.count_tokens(row.output_ids, self.vocab_size, self.device)
-            row.in_prompt = ops.count_tokens(prompt_ids, self.vocab_size, self.device) > 0
+            row.penalties = self._penalties.add(prompt_ids, row.output_ids)
+        _add_masks(row, self.vocab_size)
         if grammar is not None and not grammar.accept(row.output_ids):
             row.failure = "the grammar does not allow what was generated before"
         self._rows[slot] = row
@@ -168,7 +190,9 @@ class Sampler:
             self._grammars.add(slot)
 
     def remove_row(self, slot: int) -> None:
-        del self._rows[slot]
+        row = self._rows.pop(slot)
+        if row.penalties is not None:
+            self._penalties.remove(row.penalties)
         self._special.discard(slot)
         self._grammars.discard(slot)
 
@@ -182,36 +206,39 @@ class Sampler:
         return grammar.forced() if grammar else []
 
     def is_plain(self, slots: Sequence[int]) -> bool:
-        """Whether the device can draw for all ``slots`` alone: nothing of what came before matters to them."""
+        """Whether the device can draw for all ``slots`` alone: the host need not know what came before."""
         if self._kernel is None:
             return False
         rows = [self._rows[slot] for slot in slots if slot in self._special]
-        return not any(
-            row.edits or row.counts is not None or row.params.logprobs is not None or row.params.typical_p < 1
-            for row in rows
-        )
+        return not any(row.is_edited or row.params.logprobs is not None or row.params.typical_p < 1 for row in rows)
 
     def draw_unseen(self, logits: Tensor, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A token for each of some plain slots, which the host need not know; ``[len(slots)]``, and the highest logits.
 
-        A row whose highest logit is not finite has no token.
+        A row whose highest logit is not finite has no token. ``logits`` may be changed.
         """
-        tokens, highest = self._by_kernel(logits, np.asarray(slots), [self._rows[slot] for slot in slots])
-        for slot in slots:
-            self._rows[slot].output_ids.append(NO_TOKEN)  # only their number matters to plain rows
+        rows = [self._rows[slot] for slot in slots]
+        self._add_biases(logits, rows)
+        penalised = self._penalise(logits, slots, rows)
+        tokens, highest = self._by_kernel(logits, np.asarray(slots), rows)
+        if penalised is not None:
+            self._penalties.count(penalised[1], tokens[penalised[0]])
+        for row in rows:
+            row.output_ids.append(NO_TOKEN)  # only their number matters to plain rows
         return tokens, highest
 
-    def _by_kernel(
-        self, logits: Tensor, slots: np.ndarray, rows: Sequence[SamplerRow], *, is_limited: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """``is_limited``: temperature and limits have been applied to ``logits`` already."""
+    def _by_kernel(self, logits: Tensor, slots: np.ndarray, rows: Sequence[SamplerRow]) -> tuple[Tensor, Tensor]:
+        """The tokens and the highest logits; what the kernel does not know is applied to the rows that ask for it."""
         if self._kernel is None:
             raise RuntimeError("there is no sampling kernel on this device")
         floats = np.stack([self._columns[name][slots] for name in ("temperature", "top_p", "min_p")])
         top_k = np.minimum(self._top_k[slots], self.vocab_size)
-        if is_limited:
-            floats[:] = [[1.0], [1.0], [0.0]]
-            top_k = np.full(len(slots), self.vocab_size)
+        typical = np.flatnonzero((self._columns["typical_p"][slots] < 1) & (floats[0] > 0))
+        if len(typical):
+            at = to_device(typical, self.device)
+            logits = logits.index_copy(0, at, self._limited(logits[at], slots[typical]))
+            floats[:, typical] = [[1.0], [1.0], [0.0]]
+            top_k[typical] = self.vocab_size
         seeds = [ops.counter_seed(row.seed, len(row.output_ids)) for row in rows]
         temperature, top_p, min_p = to_device(floats, self.device)
         whole = to_device(np.stack([np.asarray(seeds, np.uint64).view(np.int64), top_k]), self.device)
@@ -232,15 +259,13 @@ class Sampler:
     def _sample(self, logits: Tensor, slots: Sequence[int]) -> SampleOutput:
         rows = [self._rows[slot] for slot in slots]
         errors: dict[int, str] = {}
-        raw = logits
-        logits = self._edited(logits, slots, rows, errors)
-        logits = self._penalised(logits, slots, rows)
-        highest, greedy = self._argmax(logits)
-        tokens = self._drawn(logits, np.asarray(slots), rows, greedy).tolist()
-        self._find_broken(raw, highest, tokens, slots, errors)
+        edited = self._edited(logits, slots, rows, errors)
+        drawn, highest = self._drawn(edited, np.asarray(slots), rows)
+        tokens = drawn.tolist()
+        self._find_broken(logits, highest, tokens, slots, errors)
         output = SampleOutput(tokens, errors=errors)
         self._accept(output, slots, rows)
-        output.logprobs = self._logprobs(raw, output, slots, rows)
+        output.logprobs = self._logprobs(logits, output, slots, rows)
         return output
 
     def _find_broken(
@@ -258,66 +283,94 @@ class Sampler:
                 errors.setdefault(slot, "no token can follow: this request's own parameters leave none to draw")
 
     def _edited(self, logits: Tensor, slots: Sequence[int], rows: list[SamplerRow], errors: dict[int, str]) -> Tensor:
-        """A copy with the masks and biases of the rows that have some; a row whose own edits fail gets an error."""
-        editing = [i for i, row in enumerate(rows) if row.edits]
-        if not editing:
+        """With what the rows' masks, biases, processors and penalties make of them; one that fails gets an error."""
+        if not any(row.is_edited or row.params.logit_bias or row.is_penalised for row in rows):
             return logits
         logits = logits.clone()
-        for i in editing:
-            if rows[i].failure:
-                errors[slots[i]] = rows[i].failure
-                continue
-            try:
-                logits[i] = ops.edit_row(logits[i], rows[i])
-            except Exception as error:  # noqa: BLE001 - one request's own processors and grammar: it alone ends
-                errors[slots[i]] = _told(error, "logits")
+        self._mask(logits, slots, rows, errors)
+        self._add_biases(logits, rows)
+        self._process(logits, slots, rows, errors)
+        self._penalise(logits, slots, rows)
         return logits
 
-    def _penalised(self, logits: Tensor, slots: Sequence[int], rows: list[SamplerRow]) -> Tensor:
-        index = [i for i, row in enumerate(rows) if row.counts is not None]
-        if not index:
-            return logits
-        counts = torch.stack([rows[i].counts for i in index])  # type: ignore[misc]
-        in_prompt = torch.stack([rows[i].in_prompt for i in index])  # type: ignore[misc]
-        at = [slots[i] for i in index]
-        presence, frequency, repetition = (
-            self._column(name, at) for name in ("presence_penalty", "frequency_penalty", "repetition_penalty")
+    def _mask(self, logits: Tensor, slots: Sequence[int], rows: list[SamplerRow], errors: dict[int, str]) -> None:
+        masks: dict[int, Words] = {}
+        for i, row in enumerate(rows):
+            if row.failure:
+                errors[slots[i]] = row.failure
+            elif row.is_masked:
+                try:
+                    masks[i] = row.next_mask(self.vocab_size)
+                except Exception as error:  # noqa: BLE001 - one request's own grammar: it alone ends
+                    errors[slots[i]] = _told(error, "grammar")
+        if masks:
+            bits = to_device(np.stack(list(masks.values())), self.device)
+            self._edit_kernels.mask(logits, self._on_device(list(masks)), bits)
+
+    def _add_biases(self, logits: Tensor, rows: list[SamplerRow]) -> None:
+        given = [(i, row.params.logit_bias) for i, row in enumerate(rows) if row.params.logit_bias]
+        if given:
+            at = np.repeat([i for i, _ in given], [len(bias) for _, bias in given])
+            tokens = [token for _, bias in given for token in bias]
+            values = np.asarray([value for _, bias in given for value in bias.values()], np.float32)
+            biases = to_device(values, self.device)
+            self._edit_kernels.add_bias(logits, self._on_device(at), self._on_device(tokens), biases)
+
+    def _process(self, logits: Tensor, slots: Sequence[int], rows: list[SamplerRow], errors: dict[int, str]) -> None:
+        for i, row in enumerate(rows):
+            if not row.processors or slots[i] in errors:
+                continue
+            try:
+                for processor in row.processors:
+                    logits[i] = processor(row.prompt_ids, row.output_ids, logits[i])
+            except Exception as error:  # noqa: BLE001 - one request's own processors: it alone ends
+                errors[slots[i]] = _told(error, "logits")
+
+    def _penalise(self, logits: Tensor, slots: Sequence[int], rows: list[SamplerRow]) -> tuple[Tensor, Tensor] | None:
+        """Where the rows with penalties are among ``logits``, and in the table; None where there are none."""
+        found = {i: row.penalties for i, row in enumerate(rows) if row.penalties is not None}
+        if not found:
+            return None
+        at, places = self._on_device(list(found)), self._on_device(list(found.values()))
+        columns = [self._columns[f"{kind}_penalty"] for kind in ("presence", "frequency", "repetition")]
+        given = to_device(np.stack(columns)[:, [slots[i] for i in found]], self.device)
+        self._edit_kernels.penalise(
+            logits, at, places, self._penalties.counts, self._penalties.in_prompt, given[0], given[1], given[2]
         )
-        out = logits.clone()
-        out[index] = ops.penalise(logits[index], counts, in_prompt, presence, frequency, repetition)
-        return out
+        return at, places
+
+    def _on_device(self, numbers: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        return to_device(np.asarray(numbers, np.int64), self.device)
 
     def _column(self, name: str, slots: Sequence[int] | np.ndarray) -> Tensor:
         return torch.from_numpy(self._columns[name][slots])[:, None].to(self.device)
 
-    def _drawn(self, logits: Tensor, slots: np.ndarray, rows: list[SamplerRow], greedy: Tensor) -> Tensor:
-        """Greedy rows keep their most likely token, the others draw."""
+    def _drawn(self, logits: Tensor, slots: np.ndarray, rows: list[SamplerRow]) -> tuple[Tensor, Tensor]:
+        """Greedy rows keep their most likely token, the others draw; and the highest logits."""
+        if self._kernel is not None:
+            return self._by_kernel(logits, slots, rows)
+        highest, greedy = self._argmax(logits)
         drawing = np.flatnonzero(self._columns["temperature"][slots] > 0)
         if not len(drawing):
-            return greedy
-        at = slots[drawing]
-        chosen = logits if len(drawing) == len(slots) else logits[torch.from_numpy(drawing).to(self.device)]
-        drawn = [rows[i] for i in drawing]
-        if self._kernel is not None and not (self._columns["typical_p"][at] < 1).any():
-            return self._placed(greedy, drawing, self._by_kernel(chosen, at, drawn)[0])
-        chosen = chosen / self._column("temperature", at)
-        if (self._columns["min_p"][at] > 0).any():
-            chosen = ops.keep_min_p(chosen, self._column("min_p", at))
-        top_k, top_p = self._top_k[at], self._columns["top_p"][at]
-        if (top_k < self.vocab_size).any() or (top_p < 1).any():
-            chosen = ops.keep_top(chosen, torch.from_numpy(top_k).to(self.device), self._column("top_p", at))
-        if (self._columns["typical_p"][at] < 1).any():
-            chosen = ops.keep_typical(chosen, self._column("typical_p", at))
-        if self._kernel is not None:
-            return self._placed(greedy, drawing, self._by_kernel(chosen, at, drawn, is_limited=True)[0])
-        uniforms = [ops.uniform(row.seed, len(row.output_ids)) for row in drawn]
-        found = ops.draw(chosen, torch.tensor(uniforms, dtype=torch.float64, device=self.device))
-        return self._placed(greedy, drawing, found)
-
-    def _placed(self, greedy: Tensor, drawing: NDArray[np.int64], drawn: Tensor) -> Tensor:
+            return greedy, highest
+        chosen = logits if len(drawing) == len(slots) else logits[torch.from_numpy(drawing)]
+        uniforms = [ops.uniform(rows[i].seed, len(rows[i].output_ids)) for i in drawing]
+        drawn = ops.draw(self._limited(chosen, slots[drawing]), torch.tensor(uniforms, dtype=torch.float64))
         tokens = greedy.clone()
-        tokens[torch.from_numpy(drawing).to(self.device)] = drawn
-        return tokens
+        tokens[torch.from_numpy(drawing)] = drawn
+        return tokens, highest
+
+    def _limited(self, logits: Tensor, slots: np.ndarray) -> Tensor:
+        """Of rows that draw: with temperature, and without the tokens that their limits leave out."""
+        logits = logits / self._column("temperature", slots)
+        if (self._columns["min_p"][slots] > 0).any():
+            logits = ops.keep_min_p(logits, self._column("min_p", slots))
+        top_k, top_p = self._top_k[slots], self._columns["top_p"][slots]
+        if (top_k < self.vocab_size).any() or (top_p < 1).any():
+            logits = ops.keep_top(logits, torch.from_numpy(top_k).to(self.device), self._column("top_p", slots))
+        if (self._columns["typical_p"][slots] < 1).any():
+            logits = ops.keep_typical(logits, self._column("typical_p", slots))
+        return logits
 
     def _accept(self, output: SampleOutput, slots: Sequence[int], rows: list[SamplerRow]) -> None:
         for index, (slot, row) in enumerate(zip(slots, rows, strict=True)):
@@ -332,8 +385,13 @@ class Sampler:
                 output.token_ids[index] = NO_TOKEN
                 continue
             row.output_ids.append(token)
-            if row.counts is not None:
-                row.counts[token] += 1
+        counted = [
+            (row.penalties, row.output_ids[-1])
+            for row, slot in zip(rows, slots, strict=True)
+            if row.penalties is not None and slot not in output.errors
+        ]
+        if counted:
+            self._penalties.count(*(self._on_device(part) for part in zip(*counted, strict=True)))
 
     def _logprobs(
         self, raw: Tensor, output: SampleOutput, slots: Sequence[int], rows: list[SamplerRow]
@@ -349,6 +407,16 @@ class Sampler:
     def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], top_k: int) -> list[TokenLogprob]:
         """Entries for prompt positions: ``logits`` ``[positions, vocab]`` and the token that stands after each."""
         return token_logprobs(logits, target_ids, [top_k] * len(target_ids))
+
+
+def _add_masks(row: SamplerRow, vocab_size: int) -> None:
+    """What of the parameters' masks is the same before each token."""
+    words = row.params.bad_words_token_ids or ()
+    never = [word[0] for word in words if len(word) == 1]
+    row.bad_words = [list(word) for word in words if len(word) > 1]
+    if row.params.allowed_token_ids or never:
+        given = row.params.allowed_token_ids
+        row.allowed = without(these(given, vocab_size) if given else every_token(vocab_size), never)
 
 
 def _told(error: Exception, place: str) -> str:

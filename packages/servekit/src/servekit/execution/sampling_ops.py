@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from servekit.execution.sampler import Grammar, SamplerRow
 
 OUT = float("-inf")
 LOOKED_AT = 1024  # most likely tokens that top-p looks at before it sorts them all
@@ -40,66 +34,6 @@ def _mix(z: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
     return z ^ (z >> 31)
-
-
-def count_tokens(token_ids: Sequence[int], vocab_size: int, device: torch.device) -> Tensor:
-    """How often each token occurs: ``[vocab]`` float32."""
-    ids = torch.tensor(list(token_ids), dtype=torch.int64, device=device)
-    return torch.bincount(ids, minlength=vocab_size).float()
-
-
-def edit_row(logits: Tensor, row: SamplerRow) -> Tensor:
-    """One row's masks, biases and processors; ``logits`` is ``[vocab]`` and may be changed."""
-    params = row.params
-    if params.allowed_token_ids:
-        kept = torch.full_like(logits, OUT)
-        kept[params.allowed_token_ids] = logits[params.allowed_token_ids]
-        logits = kept
-    for word in params.bad_words_token_ids or ():
-        start = len(word) - 1
-        if start == 0 or row.output_ids[-start:] == word[:-1]:
-            logits[word[-1]] = OUT
-    if row.grammar:
-        logits = logits.masked_fill(~allowed_by(row.grammar, logits), OUT)
-    if len(row.output_ids) < params.min_tokens and row.banned_early:
-        logits = ban_end(logits, row.banned_early, must_leave_one=row.grammar is not None)
-    if params.logit_bias:
-        logits[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-    for processor in row.processors:
-        logits = processor(row.prompt_ids, row.output_ids, logits)
-    return logits
-
-
-def allowed_by(grammar: Grammar, logits: Tensor) -> Tensor:
-    """``[vocab]`` bool, on the device of ``logits``."""
-    vocab = logits.shape[-1]
-    words = np.zeros((vocab + 31) // 32, np.int32)
-    grammar.fill_mask(words)
-    bits = np.unpackbits(words.view(np.uint8), count=vocab, bitorder="little")
-    return torch.from_numpy(bits.view(np.bool_)).to(logits.device)
-
-
-def ban_end(logits: Tensor, end_ids: Sequence[int], *, must_leave_one: bool) -> Tensor:
-    """Without the tokens that end a sequence; a grammar that is finished ends it all the same."""
-    going_on = logits.clone()
-    going_on[end_ids] = OUT
-    return logits if must_leave_one and not bool(torch.isfinite(going_on).any()) else going_on
-
-
-def penalise(
-    logits: Tensor, counts: Tensor, in_prompt: Tensor, presence: Tensor, frequency: Tensor, repetition: Tensor
-) -> Tensor:
-    """OpenAI's presence and frequency penalties on the output; CTRL's repetition penalty on prompt and output.
-
-    Args:
-        counts: ``[rows, vocab]`` occurrences in the output.
-        in_prompt: ``[rows, vocab]`` bool.
-        presence, frequency, repetition: ``[rows, 1]``.
-    """
-    seen = in_prompt | (counts > 0)
-    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
-    logits = torch.where(seen, scaled, logits)
-    return logits - frequency * counts - presence * (counts > 0)
 
 
 def keep_min_p(logits: Tensor, min_p: Tensor) -> Tensor:

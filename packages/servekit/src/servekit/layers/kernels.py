@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from servekit.kernels import linear as linears
+from servekit.kernels import logits as logit_edits
 from servekit.kernels import paged_attention as attention
 from servekit.kernels import rms_norm as norm
 from servekit.kernels import silu_and_mul as gate
@@ -20,6 +21,15 @@ from servekit.kernels.silu_and_mul import deterministic as deterministic_gate
 from servekit.layers.attention import MetadataBuilder, PagedAttention, RopeKVWrite
 
 Sample = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitKernels:
+    """``servekit.kernels.logits``: what changes logits before a token is drawn."""
+
+    penalise: Callable[..., None] = logit_edits.penalise
+    mask: Callable[[Tensor, Tensor, Tensor], None] = logit_edits.mask
+    add_bias: Callable[[Tensor, Tensor, Tensor, Tensor], None] = logit_edits.add_bias
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +49,7 @@ class Kernels:
     rope_kv_write: RopeKVWrite | None = None
     build_metadata: MetadataBuilder = build_metadata
     sample: Sample | None = None
+    logits: LogitKernels = LogitKernels()
 
 
 def deterministic_kernels() -> Kernels:
@@ -65,4 +76,9 @@ def kernels_of(platform: str) -> Kernels:
         rope_kv_write=function_of("rope_kv_write", "rope_kv_write", platform),
         build_metadata=paged_metadata,
         sample=function_of("sample", "sample", platform),
+        logits=LogitKernels(
+            penalise=function_of("logits", "penalise", platform),
+            mask=function_of("logits", "mask", platform),
+            add_bias=function_of("logits", "add_bias", platform),
+        ),
     )

@@ -40,9 +40,8 @@ def mask(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
         rows: ``[n]`` int64.
         bits: ``[n, ceil(vocab / 32)]`` int32.
     """
-    vocab = logits.shape[1]
-    tokens = torch.arange(vocab, device=logits.device)
-    allowed = (bits[:, tokens // 32] >> (tokens % 32).to(torch.int32)) & 1
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=logits.device)
+    allowed = (bits.view(torch.uint8)[:, :, None] & powers).view(len(bits), -1)[:, : logits.shape[1]]
     logits[rows] = logits[rows].masked_fill(allowed == 0, float("-inf"))
 
 
