@@ -362,9 +362,15 @@ class AsyncEngine:
 
     @property
     def has_process(self) -> bool:
-        """Whether the process runs, asked of the system itself: its end is noticed some moments after it."""
+        """Whether the process runs, asked of the system itself: its end is noticed some moments after it.
+
+        A process that was killed has lost its command line while the system still takes its memory down.
+        """
         if self._process is None:
             return False
+        with contextlib.suppress(OSError):  # a system without /proc, or a process that is gone altogether
+            if not Path(f"/proc/{self._process.pid}/cmdline").read_bytes():
+                return False
         try:
             return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         except ChildProcessError:
