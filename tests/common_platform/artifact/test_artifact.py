@@ -43,10 +43,19 @@ def test_round_trip(tmp_path):
         assert folder.shape(name) == tuple(tensor.shape)
 
 
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_any_damage_is_found_and_named(tmp_path_factory, data):
-    path = write(tmp_path_factory.mktemp("a") / "m")
+@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
+def test_any_damage_is_found_and_named(tmp_path_factory, count):
+    @settings(max_examples=count, deadline=None, database=None)
+    @given(data=st.data())
+    def damaged(data):
+        path = write(tmp_path_factory.mktemp("a") / "m")
+        open_model_folder(path)  # what is whole is taken
+        _is_refused_once_damaged(path, tmp_path_factory, data)
+
+    damaged()
+
+
+def _is_refused_once_damaged(path, tmp_path_factory, data):
     name = data.draw(st.sampled_from(sorted(everything(path))))
     content = (path / name).read_bytes()
     damage = data.draw(st.sampled_from(["flip", "cut", "grow", "missing", "symlink", "hardlink", "swap"]))
