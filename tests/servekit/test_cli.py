@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "servekit.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **env})
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **env})
 
 
 @pytest.mark.parametrize(
@@ -71,12 +70,14 @@ def test_a_wrong_setting_is_refused_in_one_line_before_anything_is_loaded(
     assert KEY not in ended.stderr
 
 
-def test_a_port_in_use_is_known_at_once(tiny_model: Path) -> None:  # cli-003
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_port_in_use_is_known_before_the_model_is_loaded(tmp_path: Path, is_damaged: bool) -> None:  # cli-003
+    folder = save_tiny_model(tmp_path / "model")
+    if is_damaged:  # which nobody sees
+        _damage(folder, "weights")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        started = time.monotonic()
-        ended = run("serve", str(tiny_model), "--port", port)
-        assert time.monotonic() - started < 10
+        ended = run("serve", str(folder), "--port", port)
     assert ended.returncode == 5
     assert "--port" in ended.stderr
     assert port in ended.stderr
@@ -122,10 +123,10 @@ def test_a_signal_while_loading_ends_it(tiny_model: Path) -> None:
     command = [sys.executable, "-m", "servekit.cli", "serve", str(tiny_model), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    assert wait_until(lambda: children.read_text().split(), 20)
+    assert wait_until(lambda: children.read_text().split())
     (engine,) = map(int, children.read_text().split())
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == 130
     assert not is_alive(engine)
 
@@ -140,7 +141,7 @@ def test_the_real_model_is_served_and_nothing_is_said_on_stdout() -> None:
         assert answer.choices[0].message.content == "The capital of France is Paris."
         assert answer.choices[0].finish_reason == "stop"
         server.process.terminate()
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
         assert server.process.stdout.read() == ""
         assert not any(KEY in line for line in server.said)  # cli-012
         assert not is_alive(server.engine_pid)

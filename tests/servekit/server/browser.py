@@ -8,9 +8,10 @@ import os
 import select
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
+
+from tests.servekit.server.processes import PATIENCE_S, wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
@@ -80,12 +81,9 @@ class Browser:
     def value(self, script: str) -> Any:
         return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
 
-    def wait_for(self, script: str, limit_s: float = 20.0) -> None:
-        deadline = time.monotonic() + limit_s
-        while not self.value(script):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"never true: {script}; the page says: {self.value('document.body.innerText')}")
-            time.sleep(0.05)
+    def wait_for(self, script: str) -> None:
+        if not wait_until(lambda: self.value(script)):
+            raise TimeoutError(f"never true: {script}; the page says: {self.value('document.body.innerText')}")
 
     def type(self, text: str) -> None:
         self.call("Input.insertText", text=text)
@@ -108,9 +106,9 @@ class Browser:
     def close(self) -> None:
         self._process.terminate()
         try:
-            self._process.wait(10)
+            self._process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(PATIENCE_S)
         os.close(self._out)
         os.close(self._in)

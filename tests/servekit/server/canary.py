@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import httpx
+from tests.servekit.server.processes import wait_until
 from tests.servekit.server.rows import COMPLETIONS, completion
 
 HELD = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
@@ -26,10 +26,8 @@ def canary(http: httpx.Client) -> Sight:
     assert http.get("/health").json() == {"status": "ok"}
     body = completion(prompt="canary", max_tokens=6, temperature=0, return_token_ids=True, ignore_eos=True)
     token_ids = tuple(http.post(COMPLETIONS, json=body).json()["choices"][0]["token_ids"])
-    deadline = time.monotonic() + SETTLED_LIMIT_S
-    while any(held := held_by(http)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return Sight(token_ids, http.get("/health/ready").status_code == 200, held)
+    wait_until(lambda: not any(held_by(http)), SETTLED_LIMIT_S)
+    return Sight(token_ids, http.get("/health/ready").status_code == 200, held_by(http))
 
 
 def held_by(http: httpx.Client) -> tuple[float, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import openai
 import pytest
 from starlette.routing import Match
 from tests.servekit.server.processes import ServerProcess
+from tests.servekit.server.raw import connect, read_all
 from tests.servekit.server.rows import COMPLETIONS, completion
 
 from servekit.server.app import ROUTES as MODULES
@@ -87,9 +87,11 @@ def test_two_headers_are_none(http: httpx.Client) -> None:  # srv-169
 
 
 def test_the_host_header_opens_nothing(locked: ServerProcess) -> None:  # srv-170
-    with socket.create_connection(("127.0.0.1", locked.port), timeout=10) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a/health?\r\nContent-Length: 0\r\n\r\n")
-        assert connection.recv(100).startswith(b"HTTP/1.1 401")
+    with connect(locked) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: a/health?\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+        )
+        assert read_all(connection).startswith(b"HTTP/1.1 401")
 
 
 @pytest.mark.parametrize("key", [KEY, OTHER])

@@ -16,7 +16,8 @@ import httpx
 import psutil
 import pytest
 from tests.servekit.server.canary import Sight, canary
-from tests.servekit.server.processes import ServerProcess, wait_until
+from tests.servekit.server.processes import PATIENCE_S, ServerProcess, wait_until
+from tests.servekit.server.raw import connect, error_in, head, post_of, read_all
 from tests.servekit.server.rows import CHAT, COMPLETIONS, LENGTH, chat, completion
 
 MIB = 1 << 20
@@ -47,34 +48,6 @@ def of_narrow(narrow: ServerProcess) -> Sight:
 def of_server(server: ServerProcess) -> Sight:
     with server.client() as client:
         return canary(client)
-
-
-def head(*more: str, path: str = COMPLETIONS) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *more]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode()
-
-
-def post_of(body: dict[str, Any]) -> bytes:
-    data = json.dumps(body).encode()
-    return head(f"Content-Length: {len(data)}") + data
-
-
-def connect(server: ServerProcess) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.port), timeout=20)
-
-
-def read_all(connection: socket.socket) -> bytes:
-    data = b""
-    try:
-        while piece := connection.recv(65536):
-            data += piece
-    except ConnectionResetError:
-        pass
-    return data
-
-
-def error_in(answer: bytes) -> dict[str, Any]:
-    return json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
 
 
 def num_files(server: ServerProcess) -> int:
@@ -138,10 +111,13 @@ def test_who_closes_the_sending_half_ends_the_request(
 ) -> None:
     """As docs/server.md says: a caller who half closes has left."""
     with connect(narrow) as connection:  # srv-030
-        connection.sendall(post_of(completion(max_tokens=900, ignore_eos=True, stream=True)))
-        assert connection.recv(20).startswith(b"HTTP/1.1 200")
-        connection.shutdown(socket.SHUT_WR)
+        with narrow.frozen():
+            connection.sendall(post_of(completion(max_tokens=900, ignore_eos=True, stream=True)))
+            assert wait_until(lambda: narrow.requests() == 1)
+            connection.shutdown(socket.SHUT_WR)
+            assert wait_until(lambda: narrow.requests() == 0)
         assert b"[DONE]" not in read_all(connection)
+    assert wait_until(lambda: any(line.get("finish") == "client_gone" for line in narrow.log_lines()))
     assert canary(small) == of_narrow
     assert not any("Traceback" in line for line in narrow.said)
 
@@ -169,18 +145,24 @@ def test_a_preflight_from_elsewhere_gets_no_leave(http: httpx.Client, of_server:
 def test_a_hundred_for_nine_places_are_served_or_told_to_come_back(
     narrow: ServerProcess, small: httpx.Client, of_narrow: Sight
 ) -> None:
-    with narrow.client() as client:  # srv-180
+    refused: list[httpx.Response] = []  # srv-180
+    with narrow.client() as client:
 
         def ask(_: int) -> httpx.Response:
-            return client.post(COMPLETIONS, json=completion(max_tokens=32, ignore_eos=True))
+            answer = client.post(COMPLETIONS, json=completion(max_tokens=32, ignore_eos=True))
+            if answer.status_code != 200:
+                refused.append(answer)
+            return answer
 
         with ThreadPoolExecutor(100) as pool:
-            answers = list(pool.map(ask, range(100)))
-    assert {answer.status_code for answer in answers} == {200, 503}
-    for answer in answers:
-        if answer.status_code == 503:
-            assert answer.json()["error"]["code"] == "server_overloaded"
-            assert int(answer.headers["retry-after"]) >= 1
+            with narrow.frozen():
+                asked = [pool.submit(ask, number) for number in range(100)]
+                assert wait_until(lambda: len(refused) == 91), "told while nothing moves"
+            answers = [one.result(2 * PATIENCE_S) for one in asked]
+    assert sum(answer.status_code == 200 for answer in answers) == 9
+    for answer in refused:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "server_overloaded")
+        assert int(answer.headers["retry-after"]) >= 1
     assert canary(small) == of_narrow
 
 
@@ -224,7 +206,7 @@ def one_of(depth: int, branches: int = 4) -> dict[str, Any]:
 def test_a_hard_schema_is_followed_or_refused_in_time(
     http: httpx.Client, of_server: Sight, schema: dict[str, Any], codes: tuple[str, ...]
 ) -> None:
-    answer = http.post(CHAT, json=shaped(schema, max_tokens=32), timeout=20)
+    answer = http.post(CHAT, json=shaped(schema, max_tokens=32))
     if answer.status_code == 400:
         assert answer.json()["error"]["code"] in codes
     else:
@@ -240,7 +222,7 @@ def test_a_bad_schema_leaves_a_good_one_at_work(http: httpx.Client, of_server: S
     asking = threading.Thread(target=lambda: good.append(http.post(CHAT, json=body)))
     asking.start()
     refused = http.post(CHAT, json=shaped(schema | {"type": "not-a-type"}))
-    asking.join(30)
+    asking.join(2 * PATIENCE_S)
     error = refused.json()["error"]
     assert (refused.status_code, error["code"]) == (400, "grammar_invalid")
     assert error["param"].startswith("response_format.json_schema")
@@ -301,7 +283,10 @@ def test_a_full_pool_changes_no_answer(tiny_model: Path) -> None:
                 return client.post(COMPLETIONS, json=body).json()["choices"][0]["token_ids"]
 
             with ThreadPoolExecutor(64) as pool:
-                together = list(pool.map(said, range(64)))
+                with full.frozen():  # until all are there
+                    asked = [pool.submit(said, number) for number in range(64)]
+                    assert wait_until(lambda: full.requests() == 64)
+                together = [one.result(2 * PATIENCE_S) for one in asked]
             metrics = client.get("/metrics").text
             alone = [said(number) for number in range(0, 64, 4)]
         preempted = next(line for line in metrics.splitlines() if line.startswith("servekit:num_preemptions_total{"))

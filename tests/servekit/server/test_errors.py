@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator
 import httpx
 import pytest
 from fastapi import FastAPI, Request, Response
+from starlette.types import Message, Receive, Scope, Send
 
 from common_platform.errors import ArtifactError, EngineDead, PlatformError
 from servekit.server import errors, streaming
@@ -94,18 +95,28 @@ def test_a_stream_that_breaks_ends_with_an_error_and_without_done(failure: Excep
 def test_while_nothing_comes_a_comment_keeps_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "KEEP_ALIVE_S", 0.05)
 
+    seen = asyncio.Event()
+
     async def slow() -> AsyncGenerator[bytes, None]:
-        await asyncio.sleep(0.3)
+        await seen.wait()
         yield event({"text": "a"})
 
     app = FastAPI()
 
     @app.get("/slow")
     async def answer() -> Response:
-        return EventStream(slow(), 0.2)
+        return EventStream(slow(), 60.0)
+
+    async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+        async def sent(message: Message) -> None:
+            if b"keep-alive" in message.get("body", b""):
+                seen.set()
+            await send(message)
+
+        await Envelope(app)(scope, receive, sent)
 
     async def ask() -> str:
-        transport = httpx.ASGITransport(Envelope(app))
+        transport = httpx.ASGITransport(watched)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             return (await client.get("/slow")).text
 

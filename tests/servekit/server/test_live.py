@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.servekit.server.processes import ServerProcess
+from tests.servekit.server.processes import PATIENCE_S, ServerProcess
 from tests.servekit.server.rows import CHAT, COMPLETIONS, chat, completion
 
 from servekit.server.live import TextEvent
@@ -31,7 +31,7 @@ def raw_stream(server: ServerProcess, path: str, body: dict[str, Any], pause_s: 
     answer = b""
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(30)
+        connection.settimeout(PATIENCE_S)
         connection.connect(("127.0.0.1", server.port))
         connection.sendall(head.encode() + data)
         while not answer.endswith(b"0\r\n\r\n"):
@@ -46,7 +46,8 @@ def raw_stream(server: ServerProcess, path: str, body: dict[str, Any], pause_s: 
         start = rest.index(b"\r\n") + 2
         chunk, rest = rest[start : start + size], rest[start + size + 2 :]
         assert chunk.endswith(b"\n\n")
-        events += [part.removeprefix("data: ") for part in chunk.decode().split("\n\n") if part]
+        parts = [part for part in chunk.decode().split("\n\n") if part]
+        events += [part.removeprefix("data: ") for part in parts if not part.startswith(":")]  # which keeps it alive
     assert events[-1] == "[DONE]"
     return [json.loads(part) for part in events[:-1]]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.servekit.server.browser import CHROMIUM, Browser
-from tests.servekit.server.processes import ServerProcess
+from tests.servekit.server.processes import ServerProcess, wait_until
 
 from servekit.server.routes.page import FILES
 
@@ -51,7 +51,7 @@ def test_a_chat_by_keyboard(server: ServerProcess, browser: Browser) -> None:
     assert "12 tokens" in browser.value("document.querySelector('.about').textContent")
     assert browser.value("document.activeElement.id") == "prompt", "the next message can be typed"
     browser.wait_for("document.getElementById('hits').textContent.includes('%')")
-    assert browser.value("document.getElementById('running').textContent") == "0"
+    browser.wait_for("document.getElementById('running').textContent === '0'")
     assert not browser.complaints
     assert len(browser.screenshot()) > 5_000
 
@@ -64,10 +64,13 @@ def test_escape_stops_an_answer_and_an_error_is_said(server: ServerProcess, brow
     browser.value("document.getElementById('system').value = 'x'")
     browser.value("document.getElementById('prompt').focus()")
     browser.type("hello")
-    browser.press("Enter")
-    browser.wait_for("!document.getElementById('stop').disabled")
-    browser.press("Escape")
-    browser.wait_for("document.getElementById('stop').disabled")
+    with server.frozen():  # the answer cannot end by itself
+        browser.press("Enter")
+        browser.wait_for("!document.getElementById('stop').disabled")
+        assert wait_until(lambda: server.requests() == 1)
+        browser.press("Escape")
+        browser.wait_for("document.getElementById('stop').disabled")
+        assert wait_until(lambda: server.requests() == 0)
     browser.value("document.getElementById('max_tokens').value = 5000")
     browser.type("again")
     browser.press("Enter")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -14,12 +16,12 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.servekit.server.processes import ServerProcess, is_alive, wait_until
+from tests.servekit.server.processes import PATIENCE_S, ServerProcess, is_alive, wait_until
 from tests.servekit.server.rows import CHAT, COMPLETIONS, chat, completion
 
 from servekit.engine.supervisor import RestartPolicy, Restarts
 
-READY_AGAIN_S = 30  # the promise is 10 on a machine of its own: tests share theirs
+READY_AGAIN_S = 60  # the promise is 10 on a machine of its own, and test_storms': tests share theirs
 LONG = completion(max_tokens=1000, ignore_eos=True, temperature=0)
 
 
@@ -30,6 +32,26 @@ def hardy(tiny_model: Path) -> Iterator[ServerProcess]:
     started.stop()
 
 
+@pytest.fixture
+def movable(tiny_model: Path, tmp_path: Path) -> Iterator[tuple[ServerProcess, Path]]:
+    """A server, and its model's folder: while that is away no engine can be started."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    started = ServerProcess(folder, "--max-engine-restarts", "1000")
+    yield started, folder
+    started.stop()
+
+
+@contextlib.contextmanager
+def away(folder: Path) -> Iterator[None]:
+    elsewhere = folder.with_name("elsewhere")
+    folder.rename(elsewhere)
+    try:
+        yield
+    finally:
+        elsewhere.rename(folder)
+
+
 def kill(server: ServerProcess) -> int:
     """The process id of the engine that is no more."""
     pid = server.engine()
@@ -38,26 +60,55 @@ def kill(server: ServerProcess) -> int:
 
 
 def status(server: ServerProcess, path: str = "/health") -> int:
-    return httpx.get(f"{server.url}{path}", timeout=5).status_code
+    return httpx.get(f"{server.url}{path}", timeout=60).status_code
 
 
-def test_streams_break_with_an_error_and_health_says_so_at_once(hardy: ServerProcess) -> None:  # srv-184
-    with hardy.client() as client, client.stream("POST", COMPLETIONS, json=LONG | {"stream": True}) as response:
-        lines = response.iter_lines()
-        next(lines)
-        kill(hardy)
-        killed = time.monotonic()
-        told = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
-        assert time.monotonic() - killed < 2
-        assert json.loads(told[-1])["error"]["code"] == "engine_dead"
-        assert "[DONE]" not in told
-        health, refused = client.get("/health"), client.post(COMPLETIONS, json=completion())
-        for answer in (health, refused):
+def test_streams_break_with_an_error_and_health_says_so_until_it_is_mended(
+    movable: tuple[ServerProcess, Path],
+) -> None:  # srv-184
+    server, folder = movable
+    with server.client() as client, away(folder):
+
+        def breaks() -> bool:
+            """Once more where the answer had ended before the engine did."""
+            if status(server) != 200:
+                return False
+            with client.stream("POST", COMPLETIONS, json=LONG | {"stream": True}) as response:
+                lines = response.iter_lines()
+                next(lines)
+                kill(server)
+                told = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+            if "[DONE]" in told:
+                elsewhere.rename(folder)
+                assert wait_until(lambda: status(server) == 200, READY_AGAIN_S)
+                folder.rename(elsewhere)
+                return False
+            assert json.loads(told[-1])["error"]["code"] == "engine_dead"
+            return True
+
+        elsewhere = folder.with_name("elsewhere")
+        assert wait_until(breaks)
+        for answer in (client.get("/health"), client.post(COMPLETIONS, json=completion())):
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
             assert int(answer.headers["retry-after"]) >= 1
-        assert "servekit:engine_ready{" in client.get("/metrics").text
-    assert wait_until(lambda: status(hardy) == 200, READY_AGAIN_S)
-    assert "error" not in httpx.post(f"{hardy.url}{COMPLETIONS}", json=completion()).json()
+        assert 'servekit:engine_ready{model_name="M"} 0.0' in client.get("/metrics").text
+    assert wait_until(lambda: status(server) == 200, READY_AGAIN_S)
+    assert "error" not in httpx.post(f"{server.url}{COMPLETIONS}", json=completion(), timeout=60).json()
+
+
+@pytest.mark.slow
+def test_a_stream_learns_of_the_end_within_two_seconds(movable: tuple[ServerProcess, Path]) -> None:
+    """srv-184, and its times: on a machine of its own."""
+    server, folder = movable
+    with server.client() as client, away(folder):
+        with client.stream("POST", COMPLETIONS, json=LONG | {"stream": True, "n": 4}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            kill(server)
+            killed = time.monotonic()
+            assert wait_until(lambda: status(server) == 503, 1)
+            assert "engine_dead" in [line for line in lines if line][-1]
+            assert time.monotonic() - killed < 2
 
 
 def test_requests_that_nobody_has_seen_a_word_of_begin_again(hardy: ServerProcess) -> None:
@@ -75,24 +126,19 @@ def test_requests_that_nobody_has_seen_a_word_of_begin_again(hardy: ServerProces
             answers[index] = client.post(path, json=body).json()
 
         threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(asked))]
-        for thread in threads:
-            thread.start()
-        assert wait_until(lambda: running(hardy) == 5)
-        time.sleep(0.1)
+        with hardy.frozen():
+            for thread in threads:
+                thread.start()
+            assert wait_until(lambda: hardy.requests() == 4)
+        time.sleep(0.1)  # in which they begin, and seldom end
         kill(hardy)
         for thread in threads:
-            thread.join(30)
+            thread.join(2 * PATIENCE_S)
     for found, whole in zip(answers, wanted, strict=True):
         assert [choice.get("text", choice.get("message")) for choice in found["choices"]] == [
             choice.get("text", choice.get("message")) for choice in whole["choices"]
         ]
         assert found["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
-
-
-def running(server: ServerProcess) -> int:
-    text = httpx.get(f"{server.url}/metrics", timeout=5).text
-    lines = [line for line in text.splitlines() if line.startswith("servekit:num_requests_running{")]
-    return int(float(lines[0].split()[-1]))
 
 
 def test_kills_at_random_moments_leave_nothing_behind(hardy: ServerProcess) -> None:
@@ -117,16 +163,13 @@ def test_kills_at_random_moments_leave_nothing_behind(hardy: ServerProcess) -> N
             next(lines)
             time.sleep(chance.random() * 0.3)
             gone.append(kill(hardy))
-            killed = time.monotonic()
-            assert wait_until(lambda: status(hardy) == 503, 1)
-            assert wait_until(lambda: status(hardy) == 200, READY_AGAIN_S)
-            assert time.monotonic() - killed < READY_AGAIN_S
+            assert wait_until(lambda: hardy.engine() not in (0, gone[-1]) and status(hardy) == 200, READY_AGAIN_S)
         stop.set()
-        watcher.join(10)
+        watcher.join(2 * PATIENCE_S)
         assert not lied
-        assert httpx.post(f"{hardy.url}{COMPLETIONS}", json=completion(), timeout=20).status_code == 200
+        assert httpx.post(f"{hardy.url}{COMPLETIONS}", json=completion(), timeout=60).status_code == 200
     assert not any(Path(f"/proc/{pid}").exists() for pid in gone), "a zombie is left"
-    assert sum(b"servekit.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in hardy.children()) == 1
+    assert len(hardy.running("servekit.engine.process")) == 1
     text = httpx.get(f"{hardy.url}/metrics").text
     assert "servekit:engine_restarts_total" in text
 
@@ -137,7 +180,7 @@ def test_an_engine_that_dies_too_often_ends_the_server(tiny_model: Path) -> None
         first = kill(server)
         assert wait_until(lambda: server.engine() not in (0, first) and status(server) == 200, READY_AGAIN_S)
         second = kill(server)
-        assert server.wait(5) == 1
+        assert server.wait() == 1
         assert not is_alive(second)
         assert any("--max-engine-restarts" in line for line in server.said)
     finally:

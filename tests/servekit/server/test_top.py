@@ -11,7 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.servekit.server.processes import ServerProcess
+from tests.servekit.server.canary import held_by
+from tests.servekit.server.processes import ServerProcess, wait_until
 from tests.servekit.server.rows import COMPLETIONS, completion
 
 from servekit.core.stats import SchedulerStats
@@ -23,11 +24,12 @@ DASHBOARD = Path(__file__).parents[3] / "docs" / "grafana" / "servekit.json"
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "servekit.cli", "top", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, env={**os.environ, **env})
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **env})
 
 
 def test_a_look_at_a_live_server(server: ServerProcess, http: httpx.Client) -> None:
     http.post(COMPLETIONS, json=completion(max_tokens=20, ignore_eos=True))
+    assert wait_until(lambda: not any(held_by(http)))
     shown = run(server.url, "--times", "2", "--interval-s", "0.2", COLUMNS="100")
     assert shown.returncode == 0, shown.stderr
     for words in ("M  ready", "0 running", "0 waiting", "KV blocks", "first token", "ended"):

@@ -489,8 +489,12 @@ class AsyncEngine:
             self._process.kill()
             await self._process.wait()
 
-    async def shutdown(self) -> None:
-        """End the process and leave nothing behind. Requests still in flight get EngineDead."""
+    async def shutdown(self, *, limit_s: float = STOP_LIMIT_S) -> None:
+        """End the process and leave nothing behind. Requests still in flight get EngineDead.
+
+        Args:
+            limit_s: what the process has to end by itself.
+        """
         self._stopping = True
         if self._supervising is not None:
             self._supervising.cancel()
@@ -504,7 +508,7 @@ class AsyncEngine:
             with contextlib.suppress(EngineDead):
                 await self._send(m.Stop())
             try:
-                async with asyncio.timeout(STOP_LIMIT_S):
+                async with asyncio.timeout(limit_s):
                     await process.wait()
             except TimeoutError:
                 await self._kill()

@@ -17,7 +17,7 @@ import uvicorn
 import uvloop
 
 from common_platform.errors import ConfigError, ResourceError
-from servekit.engine.async_engine import AsyncEngine
+from servekit.engine.async_engine import STOP_LIMIT_S, AsyncEngine
 from servekit.engine.config import EngineConfig
 from servekit.engine.supervisor import RestartPolicy
 from servekit.server.app import build_admin_app, build_app, guarded, guarded_admin
@@ -29,6 +29,7 @@ from servekit.server.state import ServerState
 log = logging.getLogger("servekit.server")
 BACKLOG = 2048
 LAST_WORDS_S = 0.5
+CUT_OFF_S = 0.5  # for an engine to end where nobody waits any longer
 KEEP_ALIVE_S = 30  # an idle connection
 LOST, INTERRUPTED, TERMINATED = 1, 130, 143
 
@@ -109,7 +110,7 @@ class _Lifetime:
         try:
             return self._status(cut_off=await self._serve(engine))
         finally:
-            await engine.shutdown()
+            await engine.shutdown(limit_s=CUT_OFF_S if self._is_cut_off else STOP_LIMIT_S)
             await self._last_words()
 
     async def _serve(self, engine: AsyncEngine) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fastapi import Request
+from starlette.types import Receive
 
 from common_platform.errors import Overloaded, RequestError
 from servekit.engine.async_engine import AsyncEngine
@@ -26,6 +27,7 @@ from servekit.server.metrics import Metrics
 from servekit.server.protocol import Door
 from servekit.server.response_store import ResponseStore
 from servekit.server.responses import response_fields
+from servekit.server.streaming import while_connected
 from servekit.server.structured import renamed
 from servekit.server.template import ChatModel, chat_model
 from servekit.server.templates import ChatPrompt, TemplateLimits, Templates
@@ -68,26 +70,28 @@ class ServerState:
     def generation(self) -> Generation:
         return Generation(self.engine, self.admission, self.metrics, self.budgets)
 
-    async def turn(self, asked: ChatRequest) -> Turn:
+    async def turn(self, asked: ChatRequest, receive: Receive) -> Turn:
         """The turn that answers ``asked``, whose prompt is rendered here."""
         try:
-            prompt = await self.render(asked.prompt)
+            prompt = await self.render(asked.prompt, receive)
         except RequestError as error:
             raise renamed(error, {"messages": (asked.param_names or {}).get("prompt", "messages")}) from error
         return Turn(self.generation(), self.engine.tokenizer, asked, prompt)
 
-    async def render(self, prompt: ChatPrompt) -> str:
+    async def render(self, prompt: ChatPrompt, receive: Receive) -> str:
         """The text of a chat; one that could never fit is not rendered.
 
         Raises:
             RequestError: too long, or refused by the template.
+            ClientGone: the caller left before its own template had ended.
         """
         most = self.engine.facts.max_model_len
         num_chars = sum(len(message.get("content") or "") for message in prompt.messages)
         if num_chars > most * MAX_CHARS_PER_TOKEN:
             allowed, got = f"at most {most} tokens, prompt and answer together", f"{num_chars} characters"
             raise RequestError("messages", got, allowed, code="context_length_exceeded", flag="--max-model-len")
-        return await self.templates.render(prompt)
+        rendering = self.templates.render(prompt)
+        return await (rendering if prompt.source is None else while_connected(receive, rendering))
 
 
 def make_state(engine: AsyncEngine, config: ServerConfig) -> ServerState:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import resource
 import signal
@@ -18,6 +17,7 @@ from jinja2.exceptions import SecurityError
 from common_platform.errors import RequestError
 from servekit.engine.chat_template import compiled, until_final, variables_for
 
+TIMES_UP = signal.SIGPROF  # ends the process, whatever it is at
 LIMIT = "chat_template_limit"
 ERROR = "chat_template_error"
 Json = dict[str, Any]
@@ -29,11 +29,10 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + setup["memory_bytes"], -1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _write({})
-    patience = math.ceil(setup["timeout_s"]) + 1  # the parent kills at its deadline; this is for a parent that died
     while (job := _read()) is not None:
-        signal.alarm(patience)
+        signal.setitimer(signal.ITIMER_PROF, setup["timeout_s"])
         answer = _answer(job, own, setup)
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         _write(answer)
 
 

@@ -29,7 +29,7 @@ async def chat_completions(request: Request) -> Response:
     state = state_for_work(request)
     body = await read_json(request, state.config.limits)
     asked = read_chat(state.door, state.chat_model, body, state.chat_checks)
-    answer = _ChatAnswer(state, asked, await state.turn(asked), caller_of(request))
+    answer = _ChatAnswer(state, asked, await state.turn(asked, request.receive), caller_of(request))
     if asked.stream:
         return LiveStream(answer, state.admission.stream(), state.config.limits.stream_stall_s)
     return json_response(await while_connected(request.receive, answer.whole()))

@@ -37,7 +37,7 @@ async def messages(request: Request) -> Response:
     state = state_for_work(request)
     body = await read_json(request, state.config.limits)
     asked = read_anthropic(state.door, state.chat_model, body, state.anthropic_checks, state.chat_checks)
-    made = _Message(state, asked, await state.turn(asked), caller_of(request))
+    made = _Message(state, asked, await state.turn(asked, request.receive), caller_of(request))
     if asked.stream:
         return EventStream(made.events(), state.config.limits.stream_stall_s, FORM)
     return json_response(await while_connected(request.receive, made.whole()))
@@ -48,7 +48,7 @@ async def count_tokens(request: Request) -> Response:
     state = state_of(request)
     body = await read_json(request, state.config.limits)
     asked = read_anthropic(state.door, state.chat_model, body, state.count_checks, state.chat_checks)
-    text = await state.render(asked.prompt)
+    text = await state.render(asked.prompt, request.receive)
     ids = await asyncio.to_thread(state.engine.tokenizer.encode, text, add_special_tokens=asked.add_special_tokens)
     return json_response({"input_tokens": len(ids)})
 

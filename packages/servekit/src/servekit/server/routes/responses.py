@@ -47,7 +47,7 @@ async def create(request: Request) -> Response:
     previous = body.get("previous_response_id")
     said = _said(state, previous, caller.tenant) if isinstance(previous, str) else []
     asked = read_response(state.door, state.chat_model, body, state.response_checks, state.chat_checks, said)
-    run = _Run(state, asked, await state.turn(asked.chat), caller)
+    run = _Run(state, asked, await state.turn(asked.chat, request.receive), caller)
     if asked.background:
         stored = run.in_background()
         return _stream_of(state, stored, -1) if asked.stream else json_response(stored.response)

@@ -33,7 +33,8 @@ async def tokenize(request: Request) -> Response:
                 add_generation_prompt=checked.get("add_generation_prompt", True),
                 variables=checked.get("chat_template_kwargs", {}),
                 source=checked.get("chat_template"),
-            )
+            ),
+            request.receive,
         )
     else:
         checked = check_body(state.door, body, tokenize_fields(state), "prompt")
