@@ -1,12 +1,14 @@
 """What the server costs beside the model: many streams of a tiny one, ours and vLLM's in turn.
 
-The model is a Llama of one layer, 64 wide, with SmolLM2's tokenizer and vocabulary. Each stream is a completion of 128
-tokens over a connection of its own. Server CPU is that of all its processes. vLLM's CPU build stands beside where
+The model is a Llama of one layer, 64 wide, with SmolLM2's tokenizer and vocabulary, in SmolLM2's own bfloat16 unless
+told otherwise. Each stream is a completion of 128 tokens over a connection of its own. Server CPU is that of all its
+processes. vLLM's CPU build stands beside where
 ``make_peers.py vllm`` has made its environment.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -31,7 +33,7 @@ from streams import ask_all, post
 
 STREAMS = (1, 16, 64, 128)
 TOKENS = 128
-DTYPE = "float32"
+DTYPES = ("bfloat16", "float32")
 START_LIMIT_S = 300.0
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 FIGURES = ("tokens_s", "cpu_us_a_token", "first_token_ms", "client_cpu_us_a_token", "arrivals_a_token")
@@ -149,29 +151,38 @@ def _requests(streams: int, turn: int) -> list[bytes]:
 
 def start_ours(folder: Path, *flags: str) -> Server:
     command = [sys.executable, "-m", "servekit.cli", "serve", str(folder), "--served-model-name", "tiny"]
-    return Server([*command, *(flags or ("--dtype", DTYPE, "--max-num-seqs", "128", "--log-level", "warning"))])
+    return Server([*command, *flags])
 
 
-def start_vllm(python: Path, folder: Path) -> Server:
+def start_vllm(python: Path, folder: Path, dtype: str) -> Server:
     module = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "tiny"]
-    more = ["--dtype", DTYPE, "--max-num-seqs", "128", "--max-model-len", "512", "--enforce-eager"]
+    more = ["--dtype", dtype, "--max-num-seqs", "128", "--max-model-len", "512", "--enforce-eager"]
     quiet = ["--disable-log-stats", "--uvicorn-log-level", "warning"]
     return Server([str(python), *module, *more, *quiet], {"VLLM_CPU_KVCACHE_SPACE": "1"})
 
 
+def _options() -> argparse.Namespace:
+    parser = arguments(__doc__)
+    parser.add_argument("--streams", type=int, nargs="+", default=STREAMS, help="how many at once, each in its turn")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of both servers")
+    parser.add_argument("--rounds", type=int, default=0, help="of each; default: 7, or 3 with --quick")
+    return parser.parse_args()
+
+
 def main() -> None:
-    options = arguments(__doc__).parse_args()
+    options = _options()
     report = Report()
-    rounds = 3 if options.quick else 7
+    rounds = options.rounds or (3 if options.quick else 7)
     python = python_of("vllm")
     with tempfile.TemporaryDirectory() as work:
         folder = make_tiny(Path(work))
-        sides: dict[str, Server] = {"servekit": start_ours(folder)}
+        flags = ("--dtype", options.dtype, "--max-num-seqs", "128", "--log-level", "warning")
+        sides: dict[str, Server] = {"servekit": start_ours(folder, *flags)}
         try:
             if python is not None:
-                sides["vllm"] = start_vllm(python, folder)
+                sides["vllm"] = start_vllm(python, folder, options.dtype)
                 report.peers["vllm"] = PEERS["vllm"]
-            for streams in STREAMS:
+            for streams in options.streams:
                 _compare(report, sides, streams, rounds)
         finally:
             for side in sides.values():

@@ -38,7 +38,8 @@ ASK_LIMIT_S = 30.0
 SEND_LIMIT_S = 2.0  # a live process takes a message at once
 MOST_AT_ONCE = 32  # messages; then other tasks have their turn
 
-Listener = Callable[[RequestOutput | PlatformError], None]
+TextListener = Callable[[str, int], None]  # the text that is new, and of how many tokens
+Listener = Callable[[RequestOutput | PlatformError], TextListener | None]
 
 
 def rebuilt(about: dict[str, Any]) -> PlatformError:
@@ -65,7 +66,8 @@ class RequestStream:
     Args:
         prompt: its text, where it came as one.
         is_replayable: the caller can take its outputs from the start again, should the engine die in between.
-        listener: is called with all news at once, in place of the iteration.
+        listener: is called with all news at once, in place of the iteration. What it returns is called in its place
+            from then on, as long as a text of the only answer is all that is new.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class RequestStream:
         self.is_replayable = is_replayable
         self.listener = listener
         self.tracker: RequestTracker | None = None
+        self._hears_text: TextListener | None = None
         self._has_begun = False
         self._engine = engine
         self._has_news = asyncio.Event()
@@ -97,8 +100,11 @@ class RequestStream:
         self._has_begun = True
         if self.listener is None:
             self._has_news.set()
-        elif self.tracker is not None and (output := self.tracker.take()) is not None:
-            self.listener(output)
+        elif self.tracker is not None:
+            if self._hears_text is not None and (news := self.tracker.take_text()) is not None:
+                self._hears_text(*news)
+            elif (output := self.tracker.take()) is not None:
+                self._hears_text = self.listener(output)
 
     def fail(self, error: PlatformError) -> None:
         """What is there can still be taken; then this is raised."""
@@ -257,7 +263,7 @@ class AsyncEngine:
         Args:
             is_replayable: the caller can take its outputs from the start again, should the engine die in between.
             listener: is called with each output, or with the error that ends them, in place of the iteration: it must
-                not raise, nor wait.
+                not raise, nor wait. It may return what is told mere text from then on, as ``RequestStream`` says.
             about: ``priority``, ``tenant``, ``cache_salt``, ``timeout_s``, ``add_special_tokens``, ``param``,
                 ``pooling``: as ``validate`` takes them.
 

@@ -1,4 +1,4 @@
-"""Python's cyclic garbage collector, out of the way of the step loop.
+"""Python's cyclic garbage collector, out of the way of the step loop and of the server's.
 
 A step makes a few short-lived objects a row and no cycles; with the default thresholds the collector looks through
 them, and ever again through the whole process, many times a second.

@@ -38,6 +38,10 @@ class ByteDetokenizer:
         self._size = len(table.raw)
         self._pending: codecs.IncrementalDecoder | None = None  # holds the beginning of a character
 
+    def text_of(self, token_id: int) -> str | None:
+        """What ``add`` would return, where that takes no more than a look; else None, and ``add`` must be asked."""
+        return None if self._pending is not None or token_id >= self._size else self._texts[token_id]
+
     def add(self, token_id: int) -> str:
         if token_id >= self._size:
             return ""

@@ -10,7 +10,7 @@ import msgspec
 
 from servekit.core.plan import TokenLogprob
 from servekit.core.request import DecodedTokens, RequestEvent, RequestUpdate, Update
-from servekit.engine.detokenizer import StopStrings, detokenizer_for
+from servekit.engine.detokenizer import ByteDetokenizer, StopStrings, detokenizer_for
 from servekit.engine.tokenizer import Tokenizer
 from servekit.engine.tracing import RequestTracer
 from servekit.engine.validate import EngineRequest
@@ -102,6 +102,7 @@ class _Sequence:
         self.has_news = False
         self.parts = _Parts(logprobs=[] if wants_logprobs else None)
         self.text_of = _TextOf(params, tokenizer) if params.detokenize else None
+        self.quick_text = self.text_of.quick if self.text_of else None
         self._taken_tokens = 0
         self._taken_texts = 0
 
@@ -109,6 +110,16 @@ class _Sequence:
     def mean_logprob(self) -> float:
         entries = self.parts.logprobs or []
         return sum(entry.logprob for entry in entries) / max(len(entries), 1)
+
+    def take_text(self) -> tuple[str, int]:
+        """What ``take`` would say is new, where that is nothing but text, and the number of its tokens."""
+        parts = self.parts
+        first_token, first_text = self._taken_tokens, self._taken_texts
+        self._taken_tokens, self._taken_texts = num_tokens, num_texts = len(parts.token_ids), len(parts.texts)
+        self.has_news = False
+        if num_texts - first_text == 1:
+            return parts.texts[first_text], num_tokens - first_token
+        return "".join(parts.texts[first_text:]), num_tokens - first_token
 
     def add_token(self, token: int) -> bool:
         """True where a stop string ends the answer with ``token``."""
@@ -170,8 +181,11 @@ class _TextOf:
     def __init__(self, params: SamplingParams, tokenizer: Tokenizer) -> None:
         self._min_tokens = params.min_tokens
         self._looks_for_stops = bool(params.stop)
-        self._detokenizer = detokenizer_for(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        detokenizer = detokenizer_for(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self._detokenizer = detokenizer
         self._stop = StopStrings(params.stop, include=params.include_stop_str_in_output)
+        # A token's text, where that takes no more than a look.
+        self.quick = detokenizer.text_of if isinstance(detokenizer, ByteDetokenizer) and not params.stop else None
 
     @property
     def stop(self) -> str | None:
@@ -230,6 +244,13 @@ class RequestTracker:
         if self._picks_best:
             return self.final()
         return self._output([sequence.take() for sequence in moved] if len(moved) > 1 else [moved[0].take()])
+
+    def take_text(self) -> tuple[str, int] | None:
+        """The text that is new and of how many tokens it is; None where that is not all there is to be taken."""
+        if len(self.sequences) > 1 or not self.num_running or not self.moved:
+            return None
+        self.moved = []
+        return self.sequences[0].take_text()
 
     def _best(self) -> Sequence[_Sequence]:
         ranked = sorted(self.sequences, key=lambda s: -s.mean_logprob)[: self.request.sampling.n]
@@ -338,7 +359,12 @@ class OutputProcessor:
             if found is None:
                 continue
             tracker, sequence = found
-            if sequence.text_of is None:
+            quick = sequence.quick_text
+            if quick is not None and (text := quick(token)) is not None:
+                sequence.parts.token_ids.append(token)
+                if text:
+                    sequence.parts.texts.append(text)
+            elif sequence.text_of is None:
                 sequence.parts.token_ids.append(token)
             elif sequence.add_token(token):
                 stopped.append(request_id)

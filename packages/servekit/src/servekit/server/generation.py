@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from common_platform.errors import PlatformError, RequestError
-from servekit.engine.async_engine import AsyncEngine, RequestStream
+from servekit.engine.async_engine import AsyncEngine, RequestStream, TextListener
 from servekit.engine.output import RequestOutput
 from servekit.engine.validate import MAX_CHARS_PER_TOKEN
 from servekit.server.admission import Admission
@@ -20,7 +20,8 @@ from servekit.server.metrics import Metrics, RequestRecord
 from servekit.server.protocol import GenerationRequest, Prompt
 from servekit.server.structured import renamed
 
-Hear = Callable[[int, RequestOutput | PlatformError], None]
+HearText = Callable[[str], None]
+Hear = Callable[[int, RequestOutput | PlatformError], HearText | None]
 LONG_TEXT = 8192  # characters; longer prompts are tokenized beside the event loop
 
 
@@ -54,7 +55,8 @@ class Generation:
 
         Args:
             hear: is called with the index of the prompt and each output of it, or the error that ends it, in place of
-                ``outputs()``: at once, so it must not raise or wait.
+                ``outputs()``: at once, so it must not raise or wait. What it returns is called in its place as long as
+                a text of the prompt's only answer is all that is new.
 
         Raises:
             RequestError: one of them cannot be served; Overloaded, EngineDead: nothing can now.
@@ -102,7 +104,9 @@ class Generation:
         self._records.append(record)
         return stream
 
-    def _heard(self, hear: Hear, index: int, record: RequestRecord, news: RequestOutput | PlatformError) -> None:
+    def _heard(
+        self, hear: Hear, index: int, record: RequestRecord, news: RequestOutput | PlatformError
+    ) -> TextListener | None:
         if isinstance(news, RequestOutput):
             record.saw(news)
             failure = _failure_of(news)
@@ -110,7 +114,15 @@ class Generation:
                 news = failure
         if isinstance(news, PlatformError):
             self._failure = news.code
-        hear(index, news)
+        hear_text = hear(index, news)
+        if hear_text is None:
+            return None
+
+        def heard_text(text: str, num_tokens: int) -> None:
+            record.saw_tokens(num_tokens)
+            hear_text(text)
+
+        return heard_text
 
     def _is_long(self, prompt: str) -> bool:
         return LONG_TEXT < len(prompt) <= self._engine.facts.max_model_len * MAX_CHARS_PER_TOKEN

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -12,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from common_platform.errors import PlatformError
 from servekit.engine.output import RequestOutput
-from servekit.server.generation import Hear
+from servekit.server.generation import Hear, HearText
 from servekit.server.http import ChunkWriter
 from servekit.server.streaming import OPENAI, EventStream, StreamForm, event
 
@@ -28,6 +29,9 @@ class LiveAnswer(Protocol):
 
     def take(self, prompt: int, output: RequestOutput) -> bytes:
         """The events of what ``output`` adds."""
+
+    def text_event(self, prompt: int) -> TextEvent | None:
+        """What makes an event of more text of the only choice of ``prompt``; None where outputs must be taken."""
 
     @property
     def is_whole(self) -> bool:
@@ -86,10 +90,10 @@ class LiveStream(EventStream):
             self._is_over = True
             await self._answer.close()
 
-    def _hear(self, prompt: int, news: RequestOutput | PlatformError) -> None:
-        """Called by the engine's client, once a step: quick, and it never raises."""
+    def _hear(self, prompt: int, news: RequestOutput | PlatformError) -> HearText | None:
+        """Called by the engine's client: quick, and it never raises. What it returns hears mere text, once a step."""
         if self._is_over:
-            return
+            return None
         try:
             if isinstance(news, PlatformError):
                 raise news
@@ -97,12 +101,19 @@ class LiveStream(EventStream):
         except Exception as error:  # noqa: BLE001 - raised again by the task that answers
             self._failure = error
             self._end()
-            return
+            return None
         if self._answer.is_whole:
             self._held.append(events)
             self._end()
-        elif events:
+            return None
+        if events:
             self._pass_on(events)
+        text_event = self._answer.text_event(prompt)
+        return None if text_event is None else partial(self._hear_text, text_event)
+
+    def _hear_text(self, text_event: TextEvent, text: str) -> None:
+        if text and not self._is_over:
+            self._pass_on(text_event(text))
 
     def _pass_on(self, events: bytes) -> None:
         writer = self._writer

@@ -178,6 +178,12 @@ class RequestRecord:
         if output.finished:
             self._phases(output)
 
+    def saw_tokens(self, count: int) -> None:
+        """``count`` more tokens of the only choice, which has had some already."""
+        self.num_generated_tokens += count
+        self._metrics.generation_tokens += count
+        self._tokens_came(0, count, time.monotonic())
+
     def _tokens_came(self, index: int, count: int, now: float) -> None:
         between = self._metrics.histograms["inter_token_latency_seconds"]
         last = self._last.get(index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -18,6 +19,7 @@ import uvloop
 
 from common_platform.errors import ConfigError, ResourceError
 from servekit.engine.async_engine import STOP_LIMIT_S, AsyncEngine
+from servekit.engine.collector import fewer_collections
 from servekit.engine.config import EngineConfig
 from servekit.engine.supervisor import RestartPolicy
 from servekit.server.app import build_admin_app, build_app, guarded, guarded_admin
@@ -127,8 +129,11 @@ class _Lifetime:
         if self._admin_listener is not None:
             beside.append(admin.serve(sockets=[self._admin_listener]))
         tasks = [asyncio.create_task(work) for work in beside]
+        gc.collect()
+        gc.freeze()  # what serves all requests is here to stay
         try:
-            await server.serve(sockets=[self._listener])
+            with fewer_collections():
+                await server.serve(sockets=[self._listener])
         finally:
             for task in tasks:
                 task.cancel()

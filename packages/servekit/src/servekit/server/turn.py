@@ -98,6 +98,11 @@ class Turn:
         """Begin, for one who is told of every output and hands it to ``take``; ``close`` ends it."""
         await self._generation.open(self._job, caller, hear)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is one choice, in whose text nothing is looked for: all of it but its end is content."""
+        return self._asked.params.n == 1 and all(reader.is_plain for reader in self._readers.values())
+
     def take(self, prompt: int, output: RequestOutput) -> list[Piece]:
         self.output = output
         self.usage.add(prompt, output)
@@ -133,6 +138,10 @@ class _Reader:
         self._has_calls = False
         self._num_tokens = 0
         self.num_reasoning_tokens = 0
+
+    @property
+    def is_plain(self) -> bool:
+        return self._pipeline.is_plain
 
     def begins_again(self, choice: CompletionOutput) -> bool:
         """Whether the engine died, and what is read here has come before."""

@@ -63,6 +63,11 @@ class Pipeline:
         self._reasoning = reasoning
         self._tools = tools
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is looked for: all text is content."""
+        return self._reasoning is None and self._tools is None
+
     def add(self, text: str) -> Delta:
         if self._reasoning is None:
             return self._searched(text)

@@ -79,6 +79,9 @@ class _ChatAnswer:
             self._simple[piece.index] = TextEvent(partial(self._content_chunk, piece.index))
         return b"".join([event(self._envelope([c], **self._running_usage())) for c in self._chunks(piece)])
 
+    def text_event(self, prompt: int) -> TextEvent | None:
+        return self._simple.get(prompt) if self._turn.is_plain else None
+
     @property
     def _is_simple(self) -> bool:
         """Whether a piece of content is nothing but its text."""

@@ -103,6 +103,9 @@ class _Answer:
         """What follows ``chunk``, up to the end: nothing but text."""
         return TextEvent(lambda text: self._envelope([chunk | {"text": text}], **self._running_usage()))
 
+    def text_event(self, prompt: int) -> TextEvent | None:
+        return self._simple.get(prompt) if self._asked.params.n == 1 else None
+
     @property
     def is_whole(self) -> bool:
         return self._num_running == 0
