@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from common_platform.errors import ConfigError
@@ -42,7 +43,7 @@ class DataSource:
         self._strategy, self._precision = strategy, precision
         self._splits, self._overfits = splits, overfits
         self._loaders: dict[str, list[Any]] = {}
-        self._transfers = self._find_transfers()
+        self._transfers = self._find_transfers()  # three hooks, or none
 
     def loaders(self, stage: str) -> list[Any]:
         """The loaders of ``stage``, this rank's part of each; asked for once. Training has one, or none."""
@@ -90,20 +91,28 @@ class DataSource:
             loader = for_rank(loader, self._strategy.rank, self._strategy.world_size, training=stage == "fit")
         return remembering(loader) if stage == "predict" else loader
 
-    def move(self, batch: Any, loader: int) -> Any:
-        """``batch`` on the device and in the dtype of forward, by the hooks of the data module or the module."""
-        batch = self._precision.convert_input(batch)
-        if self._transfers is None:
-            return to_device(batch, self._strategy.device)
+    def mover(self) -> Callable[[Any, int], Any]:
+        """What brings a batch of a loader to the device and into the dtype of forward, by the hooks of the data module
+        or the module where there are some.
+        """
+        device = self._strategy.device
+        if self._transfers:
+            return self._transfer
+        if is_written(self._precision, Precision, "convert_input"):
+            return lambda batch, loader: to_device(self._precision.convert_input(batch), device)
+        return lambda batch, loader: to_device(batch, device)
+
+    def _transfer(self, batch: Any, loader: int) -> Any:
         before, transfer, after = self._transfers
-        return after(transfer(before(batch, loader), self._strategy.device, loader), loader)
+        batch = before(self._precision.convert_input(batch), loader)
+        return after(transfer(batch, self._strategy.device, loader), loader)
 
     @property
     def has_transfer_hooks(self) -> bool:
-        return self._transfers is not None
+        return bool(self._transfers)
 
-    def _find_transfers(self) -> list[Any] | None:
-        """The three hooks, or None where nobody wrote one."""
+    def _find_transfers(self) -> list[Any]:
+        """The three hooks; none where nobody wrote one."""
         owners: list[tuple[Any, type]] = [(self._module, TrainModule)]
         if self._datamodule is not None:
             owners.insert(0, (self._datamodule, DataModule))
@@ -112,7 +121,7 @@ class DataSource:
             for name in TRANSFERS
         ]
         if not any(found):
-            return None
+            return []
         return [method or getattr(self._module, name) for method, name in zip(found, TRANSFERS, strict=True)]
 
 

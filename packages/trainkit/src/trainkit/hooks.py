@@ -90,6 +90,7 @@ HOOKS: tuple[Hook, ...] = (
 )  # fmt: skip
 BY_NAME = {hook.name: hook for hook in HOOKS}
 CALLED = tuple(hook.name for hook in HOOKS if hook.callback is not None)
+Method = Callable[..., Any]
 
 
 # Nothing can be saved there, so keepers of checkpoints have no call of their own.
@@ -121,11 +122,10 @@ class HookCaller:
         step: Callable[[], int],
     ) -> None:
         self._trainer, self._module, self._step = trainer, module, step
-        self._first: dict[str, list[Callable[..., Any]]] = {}
-        self._own: dict[str, Callable[..., Any] | None] = {}
-        self._watching: dict[str, list[Callable[..., Any]]] = {}
-        self._last: dict[str, list[Callable[..., Any]]] = {}
-        self._silent: set[str] = set()  # hooks that ``call`` finds nobody for
+        self._first: dict[str, list[Method]] = {}
+        self._own: dict[str, Method | None] = {}
+        self._watching: dict[str, list[Method]] = {}
+        self._last: dict[str, list[Method]] = {}
         callback_base, module_base = bases
         for name in CALLED:
             found = [(c, _written(c, callback_base, name)) for c in callbacks]
@@ -136,8 +136,24 @@ class HookCaller:
             chosen = set(map(id, self._watching[name] + self._last[name]))
             self._first[name] = [m for _, m in written if id(m) not in chosen]
             self._own[name] = _written(module, module_base, name) if BY_NAME[name].module is not None else None
-            if not self._first[name] and not self._watching[name] and self._own[name] is None:
-                self._silent.add(name)
+        self._calls = {name: self._caller(name) for name in CALLED}
+        self._last_calls = {name: self._caller_of(name, self._last[name], None, []) for name in CALLED}
+
+    def bound(self, name: str) -> Method | None:
+        """What calls a hook on the callbacks, then on the module; None where nobody wrote it.
+
+        Its answer is the module's. It is not called on keepers of checkpoints.
+
+        Raises:
+            ConfigError: there is no such hook.
+        """
+        if name not in self._calls:
+            raise ConfigError("hook", name, "a hook of trainkit.hooks that callbacks have")
+        return self._calls[name]
+
+    def bound_last(self, name: str) -> Method | None:
+        """What calls a hook on the callbacks that keep checkpoints; None where none of them wrote it."""
+        return self._last_calls[name]
 
     def call(self, name: str, *args: Any, **named: Any) -> Any:
         """Call a hook on the callbacks, then on the module; what the module's returned. Not on keepers of checkpoints.
@@ -145,37 +161,39 @@ class HookCaller:
         Raises:
             UserCodeError: the hook raised; the exception is its cause.
         """
-        if name in self._silent:
-            return None
-        first = self._first.get(name)
-        if first is None:
-            raise ConfigError("hook", name, "a hook of trainkit.hooks that callbacks have")
-        method: Any = None
-        try:
-            for method in first:
-                method(self._trainer, self._module, *args, **named)
-            method = self._own[name]
-            answer = None if method is None else method(*args, **named)
-            for method in self._watching[name]:
-                method(self._trainer, self._module, *args, **named)
-        except (PlatformError, StopIteration):
-            raise
-        except Exception as error:
-            raise self._blame(method, name, error) from error
-        return answer
+        call = self.bound(name)
+        return None if call is None else call(*args, **named)
 
     def call_last(self, name: str, *args: Any, **named: Any) -> None:
         """Call a hook on the callbacks that keep checkpoints."""
-        if not self._last[name]:
-            return
-        method: Any = None
-        try:
-            for method in self._last[name]:
-                method(self._trainer, self._module, *args, **named)
-        except PlatformError:
-            raise
-        except Exception as error:
-            raise self._blame(method, name, error) from error
+        call = self._last_calls[name]
+        if call is not None:
+            call(*args, **named)
+
+    def _caller(self, name: str) -> Method | None:
+        return self._caller_of(name, self._first[name], self._own[name], self._watching[name])
+
+    def _caller_of(self, name: str, first: list[Method], own: Method | None, watching: list[Method]) -> Method | None:
+        if not first and own is None and not watching:
+            return None
+        trainer, module = self._trainer, self._module
+
+        def call(*args: Any, **named: Any) -> Any:
+            method: Any = None
+            try:
+                for method in first:
+                    method(trainer, module, *args, **named)
+                method = own
+                answer = None if own is None else own(*args, **named)
+                for method in watching:
+                    method(trainer, module, *args, **named)
+            except (PlatformError, StopIteration):
+                raise
+            except Exception as error:
+                raise self._blame(method, name, error) from error
+            return answer
+
+        return call
 
     def call_each(self, name: str, *args: Any, **named: Any) -> list[Exception]:
         """Call a hook on all, whoever raises; what was raised."""
@@ -208,6 +226,6 @@ def is_written(owner: Any, base: type, name: str) -> bool:
     return _written(owner, base, name) is not None
 
 
-def _written(owner: Any, base: type, name: str) -> Callable[..., Any] | None:
+def _written(owner: Any, base: type, name: str) -> Method | None:
     method = getattr(owner, name)
     return None if getattr(method, "__func__", None) is getattr(base, name) else method

@@ -23,6 +23,7 @@ class Interruption:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._wish = NOTHING
+        self._is_alone = trainer.world_size == 1
 
     def hear(self, number: int) -> None:
         """Called by the handler: only remembers."""
@@ -35,8 +36,11 @@ class Interruption:
         Raises:
             SystemExit: with status 143, once a checkpoint is on disk, if one is kept at all.
         """
-        trainer, wish = self._trainer, self._wish
-        if trainer.world_size > 1:  # all ranks act at once, so they ask each other, but not at every step
+        wish = self._wish
+        if self._is_alone and wish == NOTHING:
+            return
+        trainer = self._trainer
+        if not self._is_alone:  # all ranks act at once, so they ask each other, but not at every step
             if trainer.progress.total_batches % max(trainer.log_every_n_steps, 1):
                 return
             wish = int(trainer.strategy.reduce(torch.tensor(float(wish)), "max"))

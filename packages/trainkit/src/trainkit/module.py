@@ -236,18 +236,9 @@ class TrainModule(HyperParameters, DataHooks, nn.Module):
             return
         given = weight if weight is not None else batch_size
         self._trainer.results.log(
-            name,
-            value,
-            weight=given,
-            prog_bar=prog_bar,
-            logger=logger is not False,
-            on_step=on_step,
-            on_epoch=on_epoch,
-            reduce=reduce_fx,
-            sync_step=sync_dist,
-            by_loader=add_dataloader_idx,
-            only_first_rank=rank_zero_only,
-        )
+            name, value, given, prog_bar, logger is not False, on_step, on_epoch, reduce_fx, sync_dist,
+            add_dataloader_idx, rank_zero_only,
+        )  # fmt: skip
 
     def log_dict(
         self, dictionary: Any, prog_bar: bool = False, logger: bool | None = None, on_step: bool | None = None,

@@ -13,8 +13,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """``batch`` with every tensor on ``device``; things with a ``to`` method decide themselves."""
     if isinstance(batch, Tensor):
         return batch if batch.device == device else batch.to(device, non_blocking=True)
-    if type(batch) in (list, tuple):
-        return type(batch)([to_device(value, device) for value in batch])
+    kind = type(batch)
+    if kind is list or kind is tuple:
+        return kind([to_device(value, device) for value in batch])
     if hasattr(batch, "to"):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):

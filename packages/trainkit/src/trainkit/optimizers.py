@@ -44,7 +44,7 @@ class ManagedOptimizer:
         self._make_step, self._module = make_step, module
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        return self._make_step(self.optimizer, closure, kwargs)
+        return self._make_step(self.optimizer, closure, **kwargs)
 
     @contextmanager
     def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
@@ -68,6 +68,16 @@ class ManagedOptimizer:
     @__class__.setter
     def __class__(self, kind: type) -> None:
         raise AttributeError("an optimizer cannot change its class")
+
+
+def clear_gradients(optimizer: Optimizer) -> None:
+    """What ``optimizer.zero_grad()`` does; without torch's bookkeeping around it where it is torch's own method."""
+    if type(optimizer).zero_grad is not Optimizer.zero_grad or "zero_grad" in vars(optimizer):
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def understand(configured: Any) -> tuple[list[Optimizer], list[SchedulerSetup]]:

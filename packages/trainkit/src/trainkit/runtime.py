@@ -179,7 +179,7 @@ class Runtime:
         self.precision_plugin.unscale(getattr(optimizer, "optimizer", optimizer))
         self.strategy.clip_gradients(parameters_of(optimizer), max_norm=max_norm, max_value=clip_val)
 
-    def _step(self, optimizer: Optimizer, closure: Any, kwargs: Mapping[str, Any]) -> None:
+    def _step(self, optimizer: Optimizer, closure: Any, **kwargs: Any) -> None:
         self.precision_plugin.step(optimizer, closure or (lambda: None), lambda _: None, **kwargs)
 
     def to_device(self, value: Any) -> Any:

@@ -35,7 +35,7 @@ from trainkit.data.loaders import check_not_empty, num_batches_of
 from trainkit.data.module import DataModule
 from trainkit.data.seed import rng_state, set_rng_state
 from trainkit.data_source import LOADER_OF, DataSource
-from trainkit.hooks import HookCaller, is_written
+from trainkit.hooks import HookCaller, Method, is_written
 from trainkit.interruption import Interruption
 from trainkit.loggers import Logger
 from trainkit.loop.evaluate import PREDICTION, TEST, VALIDATION, Evaluation, evaluate, inference
@@ -45,7 +45,7 @@ from trainkit.loop.results import Results
 from trainkit.module import TrainModule
 from trainkit.optimizers import ManagedOptimizer, SchedulerSetup, understand
 from trainkit.profilers import Profiler, make_profiler
-from trainkit.profilers.attach import attach, attach_to_loop
+from trainkit.profilers.attach import attach_to_loop, profiled, profiled_hook
 from trainkit.signals import heeding
 from trainkit.stage import Stage
 from trainkit.strategies import Strategy, make_strategy
@@ -215,12 +215,10 @@ class Trainer:
         self._data: DataSource | None = None
         self._modes: dict[Any, bool] = {}
         self._resumed: dict[str, Any] = {}
-        self._clips = False  # whether the module clips in a way of its own
         self._overflows = 0  # steps in a row that were skipped
         self.own_callbacks = self.callbacks  # without those of a module
         self.is_nested = False  # a short run in the middle of another Trainer's
         self.profiler = make_profiler(profiler)
-        attach(self, self.profiler)
 
     # --- what runs ---
 
@@ -373,7 +371,8 @@ class Trainer:
         except ValueError as error:
             raise _of_optimizer(error) from error
         self.optimizers, self.schedulers = understand(configured)
-        self.managed_optimizers = [ManagedOptimizer(one, self._make_step, model) for one in self.optimizers]
+        make_step = self.profiled(self.make_step, "optimizer_step")
+        self.managed_optimizers = [ManagedOptimizer(one, make_step, model) for one in self.optimizers]
         trained = [p for one in self.optimizers for p in parameters_of(one)]
         if not any(p.requires_grad for p in trained):
             raise ConfigError("optimizer", f"no trainable parameters of {len(trained)}", "requires_grad on some")
@@ -405,7 +404,7 @@ class Trainer:
         train = resumable(loaders[0])
         loop = FitLoop(self, train, self.loaders("validate") if self._validates() else [])
         attach_to_loop(loop, self.profiler)
-        loop.load_loader_state(self._resumed.pop("loader", {}))
+        loop.feed.load_state_dict(self._resumed.pop("loader", {}))
         if "fit" in self._resumed:
             loop.load_state_dict(self._resumed.pop("fit"))
         return loop
@@ -425,17 +424,32 @@ class Trainer:
 
     def move(self, batch: Any, loader: int) -> Any:
         """``batch`` on the device and in the dtype of forward."""
-        return self.data.move(batch, loader)
+        return self.profiled(self.data.mover(), "batch_to_device")(batch, loader)
 
     # --- what the loops ask for ---
 
     def call(self, hook: str, *args: Any, **named: Any) -> Any:
         """Call a hook on the callbacks in their order, then on the module; what the module's returned."""
-        return (self._hooks or self.hooks).call(hook, *args, **named)
+        call = self.hook(hook)
+        return None if call is None else call(*args, **named)
 
     def call_last(self, hook: str, *args: Any, **named: Any) -> None:
         """Call a hook on the callbacks that keep checkpoints, when everything else is done."""
-        (self._hooks or self.hooks).call_last(hook, *args, **named)
+        call = self.hook_last(hook)
+        if call is not None:
+            call(*args, **named)
+
+    def hook(self, name: str) -> Method | None:
+        """What ``call`` calls, for those who call it often; None where nobody wrote the hook."""
+        return profiled_hook(self.profiler, self.hooks.bound(name), name)
+
+    def hook_last(self, name: str) -> Method | None:
+        """What ``call_last`` calls; None where no callback that keeps checkpoints wrote the hook."""
+        return profiled_hook(self.profiler, self.hooks.bound_last(name), f"checkpoints.{name}")
+
+    def profiled(self, function: Method, action: str) -> Method:
+        """``function`` itself, or in a run with a profiler what times it."""
+        return profiled(self.profiler, function, action)
 
     def call_each(self, hook: str, *args: Any, **named: Any) -> list[Exception]:
         """Call a hook on all, whoever raises; what was raised."""
@@ -451,18 +465,20 @@ class Trainer:
         return self._hooks
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Compute gradients of ``loss``, with the hooks around it."""
-        manual = not self.module.automatic_optimization
-        if manual and self.fit_loop is not None:
+        """Compute gradients of ``loss`` in manual optimization, with the hooks around it."""
+        self.profiled(self._backward, "backward")(loss, *args, **kwargs)
+
+    def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.fit_loop is not None:
             self.fit_loop.optimization.watch(loss.detach())
         loss = self.precision_plugin.scaled(loss)
         self.call("on_before_backward", loss)
         self.module.backward(loss, *args, **kwargs)
-        if manual:
-            self.strategy.after_manual_backward()
+        self.strategy.after_manual_backward()
         self.call("on_after_backward")
 
-    def _make_step(self, optimizer: Optimizer, closure: Any, kwargs: Mapping[str, Any]) -> None:
+    def make_step(self, optimizer: Optimizer, closure: Any, **kwargs: Any) -> None:
+        """One step of ``optimizer``, as precision makes it; ``closure`` computes gradients that are not there yet."""
         stepped = self.precision_plugin.step(optimizer, closure or _nothing, self._before_step, **kwargs)
         self.progress.global_step += 1
         self._overflows = 0 if stepped else self._overflows + 1
@@ -470,15 +486,10 @@ class Trainer:
             self.precision_plugin.refuse_overflow(self._overflows, self.global_step)
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        automatic = self.module.automatic_optimization and self.fit_loop is not None
-        if automatic:
-            self.fit_loop.optimization.group.finish(optimizer)  # type: ignore[union-attr]
-        self.call("on_before_optimizer_step", optimizer)
-        if automatic and (self.gradient_clip_val or self._clips):
-            value, algorithm = self.gradient_clip_val, self.gradient_clip_algorithm
-            self.module.configure_gradient_clipping(
-                optimizer, gradient_clip_val=value, gradient_clip_algorithm=algorithm
-            )
+        if self.fit_loop is not None:
+            self.fit_loop.optimization.before_step(optimizer)
+        else:  # a step before training, in a hook of the user's
+            self.call("on_before_optimizer_step", optimizer)
 
     def clip_gradients(self, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
         value = self.gradient_clip_val if value is None else value
@@ -532,11 +543,6 @@ class Trainer:
     def logs_this_step(self) -> bool:
         every = self.log_every_n_steps
         return bool(every) and (self.progress.log_step + 1) % every == 0
-
-    def between_batches(self) -> None:
-        """Called after each training batch and its validation, when the state is whole."""
-        if self.interruption is not None:
-            self.interruption.between_batches()
 
     def agree_to_stop(self) -> None:
         """All ranks stop where one wants to."""
@@ -783,9 +789,12 @@ class Trainer:
             CheckpointWriteError: it could not be written; what stood there is whole.
         """
         refuse({"storage_options": (storage_options, None, "checkpoints are folders on a file system")})
+        self.profiled(self._save, "save_checkpoint")(filepath, bool(weights_only))
+
+    def _save(self, filepath: str | Path, weights_only: bool) -> None:
         if self.fit_loop is not None:
             self.fit_loop.optimization.look()
-        state = run_state.dump(self, weights_only=bool(weights_only))
+        state = run_state.dump(self, weights_only=weights_only)
         problem: Exception | None = None
         if self.is_global_zero:
             try:
@@ -822,7 +831,7 @@ class Trainer:
     def loader_state(self) -> dict[str, Any]:
         if self.fit_loop is None:
             return {}
-        return self.fit_loop.loader_state()
+        return self.fit_loop.feed.state_dict()
 
     def resume_from(self, **state: Any) -> None:
         """What is put back when the loop begins: the generators, the loader's position, a group's gradients."""
@@ -863,8 +872,6 @@ class Trainer:
             splits=self._use_distributed_sampler,
             overfits=bool(self.limits.overfit_batches),
         )
-        self._clips = any(is_written(model, TrainModule, n) for n in ("configure_gradient_clipping", "clip_gradients"))
-
         self.profiler.setup(stage, self.local_rank, self.log_dir)
 
     def leave_stage(self) -> None:

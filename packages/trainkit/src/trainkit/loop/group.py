@@ -12,7 +12,7 @@ from common_platform.errors import TrainingError
 
 
 class Group:
-    """One optimizer step's micro-batches.
+    """One optimizer step's micro-batches; ``begin`` makes it the next step's.
 
     Losses without weights are divided by the number of micro-batches before backward, as a plain loop does; those with
     weights (items that a loss is the mean of) are multiplied by them, and the sum is divided out before the step.
@@ -23,8 +23,11 @@ class Group:
     """
 
     def __init__(self, expected: int, strategy: Any) -> None:
-        self.expected = expected
         self._strategy = strategy
+        self.begin(expected)
+
+    def begin(self, expected: int) -> None:
+        self.expected = expected
         self._seen = 0
         self._unit = 0.0  # the first weight: shares near 1 keep gradients in range
         self._shares = 0.0

@@ -27,7 +27,7 @@ class Entry:
     reduce: str
     only_first_rank: bool = False
     metric: Any = None  # of torchmetrics
-    value: Any = None  # of the newest step
+    value: Any = None  # of the newest step: a tensor, or what a float32 on the CPU holds until it is published
     is_new: bool = False  # not published yet
     is_due: bool = False  # not in a row of the log yet
     total: Any = None  # on_epoch only
@@ -82,16 +82,15 @@ class Results:
         self,
         name: str,
         value: Any,
-        *,
         weight: float | None,
         prog_bar: bool,
         logger: bool,
         on_step: bool | None,
         on_epoch: bool | None,
-        reduce: str = "mean",
-        sync_step: bool = False,
-        by_loader: bool = True,
-        only_first_rank: bool = False,
+        reduce: str,
+        sync_step: bool,
+        by_loader: bool,
+        only_first_rank: bool,
     ) -> None:
         """See ``TrainModule.log``.
 
@@ -109,21 +108,28 @@ class Results:
             if self.loader is not None:
                 self.loader_of |= {key: self.loader, f"{key}_epoch": self.loader}
             entry = entries[key] = _entry(name, step, epoch, prog_bar, logger, reduce, only_first_rank)
-        if hasattr(value, "compute") and hasattr(value, "reset"):
-            entry.metric = value
-            if entry.on_step and value._forward_cache is not None:
-                entry.value, entry.is_new, entry.is_due = _number(value._forward_cache), True, True
-            return
         if not isinstance(value, Tensor):
+            if hasattr(value, "compute") and hasattr(value, "reset"):
+                self._log_metric(entry, value)
+                return
             value = torch.tensor(value, dtype=torch.get_default_dtype())
         elif value.numel() != 1:
             raise TrainingError(f"log({name!r})", list(value.shape), "a tensor with one element", code="user_code")
+        if entry.on_step and not sync_step and not entry.on_epoch and value.is_cpu and value.dtype is torch.float32:
+            entry.value = value.item()  # the same number; half the time of a tensor of its own
+            entry.is_new = entry.is_due = True
+            return
         value = _number(value)
         if entry.on_step:
             entry.value = self._strategy.reduce(value, reduce) if sync_step else value
             entry.is_new = entry.is_due = True
         if entry.on_epoch:
             entry.add(value, (batch_size_of(self.batch) if weight is None else weight) if reduce == "mean" else 1)
+
+    def _log_metric(self, entry: Entry, metric: Any) -> None:
+        entry.metric = metric
+        if entry.on_step and metric._forward_cache is not None:
+            entry.value, entry.is_new, entry.is_due = _number(metric._forward_cache), True, True
 
     # --- what callbacks see ---
 
@@ -149,6 +155,8 @@ class Results:
             for name, entry in entries.items():
                 if entry.is_new:
                     entry.is_new = False
+                    if isinstance(entry.value, float):
+                        entry.value = torch.tensor(entry.value, dtype=torch.float32)
                     self._publish(name, f"{name}_step" if entry.on_epoch else name, entry, entry.value)
 
     def _publish(self, name: str, shown: str, entry: Entry, value: Tensor) -> None:
@@ -264,14 +272,16 @@ def batch_size_of(batch: Any) -> int:
 
 def _first_size(batch: Any) -> int | None:
     if isinstance(batch, Tensor):
-        return int(batch.shape[0]) if batch.ndim else 1
-    if isinstance(batch, Mapping):
-        batch = batch.values()
-    elif isinstance(batch, str):
-        return len(batch)
-    elif not isinstance(batch, list | tuple):
+        return batch.size(0) if batch.ndim else 1
+    if isinstance(batch, list | tuple):
+        for one in batch:
+            size = _first_size(one)
+            if size is not None:
+                return size
         return None
-    return next((size for size in map(_first_size, batch) if size is not None), None)
+    if isinstance(batch, Mapping):
+        return _first_size(list(batch.values()))
+    return len(batch) if isinstance(batch, str) else None
 
 
 def _number(value: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def loss_of(outputs: Any) -> tuple[Tensor | None, float | None, dict[str, Any]]:
     extra: dict[str, Any] = {}
     weight = None
     loss = outputs
-    if isinstance(outputs, Mapping):
+    if not isinstance(outputs, Tensor) and isinstance(outputs, Mapping):
         extra = {key: detached(value) for key, value in outputs.items() if key != "loss"}
         loss, weight = outputs.get("loss"), outputs.get("weight")
     wanted = "a scalar loss tensor, {'loss': ...} or None"
