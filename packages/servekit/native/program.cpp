@@ -1,6 +1,7 @@
 // Programs, and the C interface.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -180,6 +181,65 @@ struct Linear final : Operation {
     if (task + 1 < shares[thread].last) next = part + 1 < count ? nullptr : weights(index + 1);
     else if (following) next = following->first_weights(thread);
     kernels().linear(weight, x, slice(index), first, last, epilogue, out, next);
+  }
+};
+
+// The highest logit of each row, of which nothing else is kept. A task is a part of the vocabulary: it makes logits for
+// some rows and columns at a time, and looks at them while they lie in the cache of its core.
+struct Highest final : Operation {
+  static constexpr int NEAR_ROWS = 64, NEAR_PANELS = 16, NEAR_COLUMNS = NEAR_PANELS * PANEL;
+  sk_rows x;
+  sk_matrix weight;
+  int64_t columns, capacity;  // of the vocabulary, of rows
+  int parts;
+  mutable std::vector<float> highest;  // [parts][capacity]
+  mutable std::vector<int64_t> ids;
+
+  int tasks(const Context&) const override { return parts; }
+  size_t scratch() const override { return sizeof(float) * NEAR_ROWS * NEAR_COLUMNS; }
+
+  void run(const Context& c, int task, int, Scratch scratch) const override {
+    const int tokens = c.step->tokens, panels = weight.n / PANEL, last = panels * (task + 1) / parts;
+    float* top = highest.data() + task * capacity;
+    int64_t* id = ids.data() + task * capacity;
+    std::fill_n(top, tokens, -INFINITY);
+    std::fill_n(id, tokens, 0);
+    for (int panel = panels * task / parts; panel < last; panel += NEAR_PANELS)
+      for (int row = 0; row < tokens; row += NEAR_ROWS)
+        look(panel, std::min(last, panel + NEAR_PANELS), row, std::min(tokens, row + NEAR_ROWS),
+             reinterpret_cast<float*>(scratch.data), top, id);
+  }
+
+  void look(int panel, int last_panel, int row, int last_row, float* near, float* top, int64_t* id) const {
+    const int64_t first = static_cast<int64_t>(panel) * PANEL, count = std::min<int64_t>(last_panel * PANEL, columns) - first;
+    sk_rows out{};
+    out.format = SK_F32, out.cols = weight.n, out.stride = NEAR_COLUMNS;
+    out.data = near - (static_cast<int64_t>(row) * NEAR_COLUMNS + first);  // so that what is asked for begins at `near`
+    for (int p = panel; p < last_panel; ++p) {
+      const auto* weights = static_cast<const uint8_t*>(weight.data) + (p + 1) * panel_size(weight.format, weight.k);
+      kernels().linear(weight, x, {p, 0, PANEL}, row, last_row, SK_STORE, out, p + 1 < last_panel ? weights : nullptr);
+    }
+    for (int r = row; r < last_row; ++r) {
+      if (top[r] != top[r]) continue;
+      if (kernels().argmax(near + static_cast<int64_t>(r - row) * NEAR_COLUMNS, count, top[r], id + r, top + r)) id[r] += first;
+    }
+  }
+};
+
+// Of each row the first of what the parts of a vocabulary have found.
+struct First final : RowOperation<16> {
+  const Highest* of;
+  float* highest;
+  int64_t* ids;
+  void row(const Context&, int token) const override {
+    float top = -INFINITY;
+    int64_t id = 0;
+    for (int part = 0; part < of->parts && top == top; ++part) {
+      const float found = of->highest[part * of->capacity + token];
+      if (found > top || found != found) top = found, id = of->ids[part * of->capacity + token];
+    }
+    highest[token] = top;
+    ids[token] = id;
   }
 };
 
@@ -465,6 +525,18 @@ void sk_add_linear(sk_program* program, const sk_rows* x, const sk_matrix* weigh
   program->weights += static_cast<int64_t>(weight->n) * weight->k;
 }
 
+void sk_add_highest(sk_program* program, const sk_rows* x, const sk_matrix* weight, int32_t columns, int32_t capacity,
+                    int64_t* ids, float* highest) {
+  auto& op = program->add<Highest>();
+  op.x = *x, op.weight = *weight, op.columns = columns, op.capacity = capacity;
+  op.parts = std::max(1, std::min(8 * program->pool->pool.threads(), share(weight->n / PANEL, Highest::NEAR_PANELS)));
+  op.highest.resize(static_cast<size_t>(op.parts) * capacity);
+  op.ids.resize(static_cast<size_t>(op.parts) * capacity);
+  program->weights += static_cast<int64_t>(weight->n) * weight->k;
+  auto& first = program->add<First>();
+  first.of = &op, first.ids = ids, first.highest = highest;
+}
+
 void sk_add_rotary(sk_program* program, const sk_rows* qkv, int32_t heads, const float* angles, const float* q_norm,
                    const float* k_norm, float eps, const sk_cache* cache, const sk_rows* queries) {
   program->add<RotaryOperation>().op = {*qkv, *queries, *cache, angles, q_norm, k_norm, heads, eps};
@@ -484,8 +556,10 @@ void sk_argmax(sk_pool* pool, const float* logits, int64_t rows, int64_t cols, i
                float* highest) {
   std::atomic<int64_t> next{0};
   const auto part = [&](int) {
-    for (int64_t row = next++; row < rows; row = next++)
-      kernels().argmax(logits + row * stride, cols, ids + row, highest + row);
+    for (int64_t row = next++; row < rows; row = next++) {
+      ids[row] = 0, highest[row] = -INFINITY;
+      kernels().argmax(logits + row * stride, cols, -INFINITY, ids + row, highest + row);
+    }
   };
   if (rows * cols < SMALL_STEP) part(0);
   else pool->pool.run(part);

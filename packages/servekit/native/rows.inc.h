@@ -155,7 +155,7 @@ void rotary(const servekit::Rotary& op, int token, int64_t position, const int32
   else rotary_as<BF16, uint16_t, 2>(op, token, position, table, is_last);
 }
 
-void argmax(const float* x, int64_t cols, int64_t* id, float* best) {
+bool argmax(const float* x, int64_t cols, float above, int64_t* id, float* best) {
   vf most = all(-INFINITY);
   vf broken = {};
   int64_t c = 0;
@@ -169,15 +169,15 @@ void argmax(const float* x, int64_t cols, int64_t* id, float* best) {
     top = x[c] > top ? x[c] : top;
     rest += (x[c] - x[c]) * 0.0f;
   }
-  *best = top;
-  *id = 0;
   if (rest != rest)
     for (c = 0; c < cols; ++c)
       if (x[c] != x[c]) {
         *best = NAN;
         *id = c;
-        return;
+        return true;
       }
+  if (!(top > above)) return false;
+  *best = top;
   const vf tops = all(top);
   for (c = 0; c + LANES <= cols; c += LANES) {
     const vi same = load(x + c) == tops;
@@ -188,8 +188,9 @@ void argmax(const float* x, int64_t cols, int64_t* id, float* best) {
   for (; c < cols; ++c)
     if (x[c] == top) {
       *id = c;
-      return;
+      break;
     }
+  return true;
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define SK_API_VERSION 2
+#define SK_API_VERSION 3
 #define SK_MAX_GROUPS 8
 
 typedef enum { SK_F32 = 0, SK_BF16 = 1, SK_I8 = 2, SK_I4 = 3 } sk_format;
@@ -107,6 +107,10 @@ void sk_add_convert(sk_program* program, const sk_rows* x_or_null, int32_t width
 void sk_add_sum(sk_program* program, const sk_rows* y, const sk_rows* x);
 void sk_add_linear(sk_program* program, const sk_rows* x, const sk_matrix* weight, int32_t epilogue,
                    const sk_rows* out);
+/* Of x times `weight`, `columns` of whose columns count, the largest of each row and where it is first, NaN where a row
+ * holds one: for up to `capacity` rows, without keeping the product. */
+void sk_add_highest(sk_program* program, const sk_rows* x, const sk_matrix* weight, int32_t columns, int32_t capacity,
+                    int64_t* ids, float* highest);
 /* Turns queries and keys, and writes keys and values to their blocks. `angles` is [positions][head_dim]: the cosines of
  * a head's first half, then the sines. `q_norm`, `k_norm`: [head_dim] or null. */
 void sk_add_rotary(sk_program* program, const sk_rows* qkv, int32_t heads, const float* angles, const float* q_norm,

@@ -33,14 +33,14 @@ class CompletionOutput(msgspec.Struct, eq=False, gc=False):
     """
 
     index: int
-    finish_reason: str | None  # stop | length | abort | timeout | error
-    stop_reason: int | str | None  # the stop token or string that ended it
-    error: str | None
     num_tokens: int
     _num_texts: int
     _first_token: int  # of the delta
     _first_text: int
     _parts: _Parts
+    finish_reason: str | None = None  # stop | length | abort | timeout | error
+    stop_reason: int | str | None = None  # the stop token or string that ended it
+    error: str | None = None
 
     @property
     def text(self) -> str:
@@ -162,17 +162,10 @@ class _Sequence:
         first_token, first_text = self._taken_tokens, self._taken_texts
         self._taken_tokens, self._taken_texts = num_tokens, num_texts = len(parts.token_ids), len(parts.texts)
         self.has_news = False
-        return CompletionOutput(
-            self.index,
-            self.finish_reason,
-            self.stop_reason,
-            self.error,
-            num_tokens,
-            num_texts,
-            first_token,
-            first_text,
-            parts,
-        )
+        if self.finish_reason is None:
+            return CompletionOutput(self.index, num_tokens, num_texts, first_token, first_text, parts)
+        ended = (self.finish_reason, self.stop_reason, self.error)
+        return CompletionOutput(self.index, num_tokens, num_texts, first_token, first_text, parts, *ended)
 
 
 class _TextOf:
@@ -238,9 +231,10 @@ class RequestTracker:
 
         Where the best are picked that is nothing before the end.
         """
-        if not self.moved or (self._picks_best and self.num_running):
+        moved = self.moved
+        if not moved or (self._picks_best and self.num_running):
             return None
-        moved, self.moved = self.moved, []
+        self.moved = []
         if self._picks_best:
             return self.final()
         return self._output([sequence.take() for sequence in moved] if len(moved) > 1 else [moved[0].take()])

@@ -20,12 +20,12 @@ from servekit.execution.logits_processors import Factory
 from servekit.execution.offload import OffloadStore
 from servekit.execution.pooling import Pool
 from servekit.execution.proposer import Proposer
-from servekit.execution.sampler import Grammar, Sampler
+from servekit.execution.sampler import Grammar, SampleOutput, Sampler, chosen
 from servekit.kernels.kv_write import copy_blocks
 from servekit.kernels.paged_attention.metadata import StepRows
 from servekit.layers.attention import StepInputs
 from servekit.layers.kernels import Kernels
-from servekit.models.registry import CausalModel
+from servekit.models.registry import CausalModel, GreedyModel
 from servekit.sampling.parameters import SamplingParams, StructuredOutput
 
 GrammarOf = Callable[[StructuredOutput], Grammar]
@@ -92,6 +92,7 @@ class ModelRunner:
         processors: Sequence[Factory] = (),
     ) -> None:
         self.model = model
+        self._greedy = model if isinstance(model, GreedyModel) else None
         self._proposer = proposer
         self._grammar_of = grammar_of
         self.device = device
@@ -226,7 +227,7 @@ class ModelRunner:
             rows, slots, wanted = rows[sampled], slots[sampled], slots[sampled].tolist()
         if plan.drafts:
             return self._verify(plan, wanted, rows, hidden, prompt_logprobs)
-        output = self.sampler.sample(self._logits(rows, hidden), wanted)
+        output = self._most_likely(rows, hidden) or self.sampler.sample(self._logits(rows, hidden), wanted)
         known = [max(token, 0) for token in output.token_ids] if output.errors else output.token_ids
         self.batch.add_sampled(slots, known)
         proposals = self._proposals(wanted, output.errors)
@@ -241,10 +242,20 @@ class ModelRunner:
             proposals=proposals,
         )
 
+    def _most_likely(self, places: NDArray[np.int64], hidden: Tensor) -> SampleOutput | None:
+        """The tokens, where they can be told without logits."""
+        if self._greedy is None or not self.sampler.is_greedy:
+            return None
+        found = self._greedy.most_likely(self._at(places, hidden))
+        return chosen(*found) if found else None
+
     def _logits(self, places: NDArray[np.int64], hidden: Tensor) -> Tensor:
+        return self.model.logits(self._at(places, hidden))
+
+    def _at(self, places: NDArray[np.int64], hidden: Tensor) -> Tensor:
         if len(places) == len(hidden):
-            return self.model.logits(hidden)
-        return self.model.logits(hidden.index_select(0, torch.from_numpy(places).to(self.device)))
+            return hidden
+        return hidden.index_select(0, torch.from_numpy(places).to(self.device))
 
     def _verify(
         self,

@@ -53,6 +53,11 @@ class SampleOutput:
     errors: dict[int, str] = field(default_factory=dict)
 
 
+def chosen(highest: Tensor, ids: Tensor) -> SampleOutput | None:
+    """The most likely tokens; None where a row's highest logit is not finite, and what is wrong is to be found out."""
+    return SampleOutput(ids.tolist()) if math.isfinite(float(highest.sum())) else None
+
+
 @dataclass(slots=True)
 class SamplerRow:
     """What the sampler remembers of one request."""
@@ -244,16 +249,19 @@ class Sampler:
         whole = to_device(np.stack([np.asarray(seeds, np.uint64).view(np.int64), top_k]), self.device)
         return self._kernel(logits, temperature, whole[1].to(torch.int32), top_p, min_p, whole[0].contiguous())
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every row takes its most likely token, and wants to know nothing else."""
+        return not self._special
+
     def sample(self, logits: Tensor, slots: Sequence[int]) -> SampleOutput:
         """One token for each slot.
 
         Args:
             logits: ``[len(slots), vocab]`` float32, as the model made them; not changed.
         """
-        if not self._special:
-            highest, greedy = self._argmax(logits)
-            if math.isfinite(float(highest.sum())):  # then all of them are
-                return SampleOutput(greedy.tolist())
+        if self.is_greedy and (output := chosen(*self._argmax(logits))):
+            return output
         return self._sample(logits, slots)
 
     def _sample(self, logits: Tensor, slots: Sequence[int]) -> SampleOutput:

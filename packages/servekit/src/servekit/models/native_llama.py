@@ -23,6 +23,7 @@ from servekit.models.llama import LlamaConfig, kv_groups_of
 HEAD_UNIT = 16  # numbers of a head are padded to this many
 MAX_HEAD_DIM = 512
 SMALLEST_CAPACITY = 64  # tokens
+FEW_ROWS = 4  # of logits: fewer are written down sooner than they are looked at on the way
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class NativeLlama:
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
         self._angles = torch.cat((angles.cos() * factor, angles.sin() * factor), dim=1).contiguous()
         self._recorded_for: tuple[Tensor, int] | None = None
+        self._greedy: tuple[Program, Tensor, Tensor] | None = None
         self._record_head(1)
 
     @staticmethod
@@ -162,6 +164,27 @@ class NativeLlama:
         self._head_program.run_rows(hidden)
         mine = self._logits[: len(hidden)]
         return mine if self._ranks.world_size == 1 else self._ranks.all_gather(mine, dim=-1)
+
+    def most_likely(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``[rows, hidden]`` -> as ``kernels.argmax`` of the logits, which are not made; None where they must be.
+
+        Valid until the next call.
+        """
+        if len(hidden) < FEW_ROWS or self._ranks.world_size > 1:
+            return None
+        if self._greedy is None or len(hidden) > len(self._greedy[1]):
+            self._greedy = self._record_greedy(1 << (len(hidden) - 1).bit_length())
+        program, highest, ids = self._greedy
+        program.run_rows(hidden)
+        return highest[: len(hidden)], ids[: len(hidden)]
+
+    def _record_greedy(self, capacity: int) -> tuple[Program, Tensor, Tensor]:
+        program = Program(self._library, self._pool)
+        x = Rows.input_of(self._head, self._library, capacity)
+        highest, ids = torch.zeros(capacity), torch.zeros(capacity, dtype=torch.int64)
+        program.convert(None, self.config.hidden_size, x)
+        program.highest(x, self._head, self.vocab_size, ids, highest)
+        return program, highest, ids
 
     def _record_head(self, capacity: int) -> None:
         program = Program(self._library, self._pool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from importlib.metadata import entry_points
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -38,6 +38,17 @@ class CausalModel(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden]`` -> ``[rows, vocab]`` float32."""
+
+
+@runtime_checkable
+class GreedyModel(Protocol):
+    """A model that can find the most likely tokens without writing all logits down."""
+
+    def most_likely(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``[rows, hidden]`` -> the highest logit of each row and its id, or None: then ask for logits.
+
+        Of the highest the first; not finite where none can be told.
+        """
 
 
 class NativeModel(CausalModel, Protocol):

@@ -14,7 +14,7 @@ from common_platform.errors import ConfigError
 from common_platform.logging import get_logger
 from servekit.kernels.native.memory import Arena
 
-API_VERSION = 2
+API_VERSION = 3
 MAX_GROUPS = 8
 PATH = Path(__file__).parent / "libservekit_cpu.so"
 
@@ -105,6 +105,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "sk_add_convert": (None, [c_void_p, ROWS, c_int32, ROWS]),
     "sk_add_sum": (None, [c_void_p, ROWS, ROWS]),
     "sk_add_linear": (None, [c_void_p, ROWS, MATRIX, c_int32, ROWS]),
+    "sk_add_highest": (None, [c_void_p, ROWS, MATRIX, c_int32, c_int32, c_void_p, c_void_p]),
     "sk_add_rotary": (None, [c_void_p, ROWS, c_int32, c_void_p, c_void_p, c_void_p, c_float, CACHE, ROWS]),
     "sk_add_attention": (None, [c_void_p, ROWS, c_int32, CACHE, c_float, c_float, c_int32, ROWS]),
     "sk_argmax": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p]),

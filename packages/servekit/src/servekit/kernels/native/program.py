@@ -122,6 +122,16 @@ class Program:
         self._c.sk_add_linear(self._handle, x.c, weight.matrix, epilogue, out.c)
         self._keep("linear", x, weight, out)
 
+    def highest(self, x: Rows, weight: PackedWeight, columns: int, ids: Tensor, highest: Tensor) -> None:
+        """The largest of the first ``columns`` of each row of the product, and where it is first; the rest is not kept.
+
+        Args:
+            ids: ``[capacity of x]`` int64, and ``highest`` float32: written; NaN where a row holds one.
+        """
+        self._c.sk_add_highest(self._handle, x.c, weight.matrix, columns, len(ids), ids.data_ptr(), highest.data_ptr())
+        self._keep("highest", x, weight, ids, highest)
+        self._names.append("first")
+
     def rotary(
         self,
         qkv: Rows,
