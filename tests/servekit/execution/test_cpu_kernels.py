@@ -59,6 +59,7 @@ def test_the_kernels_are_those_asked_for(tiny, settings, kind):
         ({"quantization": "int3"}, "quantization: got int3.*int8, int4"),
         ({"quantization": "int4", "kernels": "reference"}, "quantization: got int4.*kernels is reference"),
         ({"quantization": "int8", "deterministic": True}, "quantization: got int8.*deterministic"),
+        ({"quantization": "fp8"}, "quantization: got fp8.*int8 or int4 on a CPU"),
         ({"kernels": "native", "dtype": "float16"}, "kernels: got native.*float16"),
     ],
 )

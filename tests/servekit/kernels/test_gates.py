@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.backends import DEVICE, backends, cases
+from tests.kernels.backends import DEVICE, backends, cases, multiplies_float8
 
 SILU = backends("servekit.kernels.silu_and_mul", "silu_and_mul", of=("reference", "deterministic"))
+ROUNDED = backends("servekit.kernels.silu_and_mul", "silu_and_mul_quantized")
 GELU = backends("servekit.kernels.silu_and_mul", "gelu_and_mul")
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 
@@ -34,3 +35,17 @@ def test_gelu_and_mul(backend, dtype, approximate):
     exact = torch.nn.functional.gelu(gate, approximate=approximate) * up
     near = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     torch.testing.assert_close(GELU[backend](x, approximate=approximate).double(), exact, **near)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), cases(ROUNDED))
+@pytest.mark.parametrize("to", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("width", [37, 5000], ids=["one part", "two parts"])
+def test_a_gate_in_eight_bits_is_the_gate_then_rounded(backend, dtype, to, width):
+    if backend == "triton" and to != torch.int8 and not multiplies_float8():
+        pytest.skip("this device does not have float8")
+    x = make_input((3, 2 * width), dtype)
+    quantize = backends("servekit.kernels.quantize", "quantize")[backend]
+    values, scales = quantize(SILU[backend](x), to, width)
+    found, found_scales = ROUNDED[backend](x, to)
+    assert torch.equal(found_scales, scales[:, 0])
+    assert torch.equal(found.float(), values.float())

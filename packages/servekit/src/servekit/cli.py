@@ -59,7 +59,7 @@ ENGINE_HELP = {
     "kernels": "native (C++, on a CPU), triton (on a GPU), reference (torch), or auto.",
     "kv_cache_dtype": "auto, or fp8 or int8: keys and values of 8 bits, so that twice as many fit; on a GPU.",
     "enforce_eager": "Launch the kernels of a GPU one by one in place of recorded graphs; starts sooner, runs slower.",
-    "quantization": "int8 or int4: weights of that many bits, activations of 8; on a CPU.",
+    "quantization": "int8, int4 or (on a GPU) fp8 weights; activations of 8 bits, but of 16 beside int4 on a GPU.",
     "allow_nonfinite": "Take a hand-off artifact although some of its weights are not finite.",
     "deterministic": "Give a request the same tokens and logprobs whatever else is computed; slower.",
     "otlp_traces_endpoint": "OpenTelemetry collector that gets a span a request: http://HOST:4318/v1/traces.",

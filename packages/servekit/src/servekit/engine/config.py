@@ -24,7 +24,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kernels: str = "auto"  # auto | native | reference | triton
     enforce_eager: bool = False  # no recorded graphs on a GPU
     kv_cache_dtype: str = "auto"  # auto: as dtype | fp8 | int8; on a GPU
-    quantization: str | None = None  # int8 | int4, of the weights; on a CPU
+    quantization: str | None = None  # int8 | int4 | fp8 (on a GPU), of the weights
     max_model_len: int | None = None  # tokens; None: what the model was made for
     block_size: int = 16  # tokens per KV block
     kv_cache_memory_bytes: int | None = None  # None: by the share below

@@ -28,13 +28,14 @@ from servekit.execution.model_runner import GrammarOf, ModelRunner, largest_step
 from servekit.execution.proposer import NgramProposer, Proposer, SpeculativeConfig
 from servekit.kernels.choice import GPU
 from servekit.kernels.native import Format, Pool, native_library
-from servekit.layers.kernels import Kernels, deterministic_kernels, kernels_of
+from servekit.layers.kernels import Kernels, deterministic_kernels, kernels_of, rounded_kernels
 from servekit.layers.parallel import SingleRank
 from servekit.layers.weights import Weights
 from servekit.models.registry import CausalModel, architecture_of, model_class, native_class
 
 KERNELS = ("auto", "native", "reference", "triton")
-FORMATS = {"int8": "I8", "int4": "I4"}  # what --quantization makes of weights
+FORMATS = {"int8": "I8", "int4": "I4"}  # what --quantization makes of weights on a CPU
+QUANTIZATIONS = (*FORMATS, "fp8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KV_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 PROBE_BLOCK = 16
@@ -57,15 +58,16 @@ class ExecutorConfig:
     kernels: str = "auto"  # auto | native | reference | triton
     enforce_eager: bool = False  # no recorded graphs
     kv_cache_dtype: str = "auto"  # auto: dtype | fp8 | int8, with a scale for each head of each token
-    quantization: str | None = None  # int8 | int4, of the weights, with 8-bit activations
+    quantization: str | None = None  # int8 | int4 | fp8, of the weights; activations are of 8 bits where it is faster
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
             raise ConfigError("dtype", self.dtype, f"one of auto, {', '.join(DTYPES)}", flag="--dtype")
         if self.kernels not in KERNELS:
             raise ConfigError("kernels", self.kernels, f"one of {', '.join(KERNELS)}", flag="--kernels")
-        if self.quantization not in (None, *FORMATS):
-            raise ConfigError("quantization", self.quantization, f"one of {', '.join(FORMATS)}", flag="--quantization")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            limit = f"one of {', '.join(QUANTIZATIONS)}"
+            raise ConfigError("quantization", self.quantization, limit, flag="--quantization")
         if self.kv_cache_dtype not in ("auto", *KV_DTYPES):
             limit = f"one of auto, {', '.join(KV_DTYPES)}"
             raise ConfigError("kv_cache_dtype", self.kv_cache_dtype, limit, flag="--kv-cache-dtype")
@@ -143,10 +145,22 @@ class InProcessExecutor:
         if wanted == "triton":
             if reason is not None:
                 raise ConfigError("kernels", wanted, f"auto or reference here: {reason}", flag="--kernels")
-            return kernels_of(self.platform.name if self.platform.name in GPU else GPU[0])
-        if wanted == "reference" or reason is not None:
+            return self._triton_kernels(self.platform.name if self.platform.name in GPU else GPU[0])
+        if wanted == "reference" or reason is not None or self.platform.name not in GPU:
             return Kernels()
-        return kernels_of(self.platform.name)
+        return self._triton_kernels(self.platform.name)
+
+    def _triton_kernels(self, platform: str) -> Kernels:
+        kernels, wanted = kernels_of(platform), self._config.quantization
+        if wanted is None:
+            return kernels
+        device = self.platform.devices[0]
+        if wanted == "fp8" and self.platform.name in GPU and "float8_e4m3fn" not in self.platform.dtypes:
+            limit = f"int8 or int4 here: {device.name} does not compute with float8"
+            raise ConfigError("quantization", wanted, limit, flag="--quantization")
+        is_fnuz = device.capability.startswith("gfx94")  # MI300 multiplies another form of float8
+        float8 = torch.float8_e4m3fnuz if is_fnuz else torch.float8_e4m3fn
+        return rounded_kernels(kernels, wanted, platform, float8)
 
     def _recorder(self) -> Recorder | None:
         """Records steps where the platform can, and where attention reads block tables, which stay in their place."""
@@ -188,8 +202,10 @@ class InProcessExecutor:
             reason = reason or "the dtype is float16"
         if reason and config.kernels == "native":
             raise ConfigError("kernels", "native", f"reference here: {reason}", flag="--kernels")
-        if reason and config.quantization:
-            limit = f"none here, for it needs the native CPU kernels: {reason}"
+        if config.quantization and self.kernels.few_bits is None and (reason or config.quantization not in FORMATS):
+            limit = f"none here, for it needs the kernels of a GPU or the native ones of a CPU: {reason}"
+            if not reason:
+                limit = f"{' or '.join(FORMATS)} on a CPU"
             raise ConfigError("quantization", config.quantization, limit, flag="--quantization")
         self._is_native = reason is None
 

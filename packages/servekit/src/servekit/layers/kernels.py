@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from servekit.kernels import linear as linears
@@ -19,6 +20,7 @@ from servekit.kernels.paged_attention.metadata import build_metadata, paged_meta
 from servekit.kernels.rms_norm import deterministic as deterministic_norm
 from servekit.kernels.silu_and_mul import deterministic as deterministic_gate
 from servekit.layers.attention import MetadataBuilder, PagedAttention, RopeKVWrite
+from servekit.layers.few_bits import EightBits, FewBitKernels, FourBits, Rounded
 
 Sample = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -38,6 +40,7 @@ class Kernels:
 
     ``linear_of`` makes a product from a weight and its bias; the others are called as they stand. ``rope_kv_write`` and
     ``sample`` are None where the steps are taken one by one; ``build_metadata`` makes what ``paged_attention`` reads.
+    ``few_bits``: what becomes of the linear layers between embedding and head; None leaves them as they are.
     """
 
     linear_of: Callable[[Tensor, Tensor | None], linears.Linear] = linears.linear_of
@@ -50,6 +53,17 @@ class Kernels:
     build_metadata: MetadataBuilder = build_metadata
     sample: Sample | None = None
     logits: LogitKernels = LogitKernels()
+    few_bits: EightBits | FourBits | None = None
+
+    @property
+    def layer_linear_of(self) -> Callable[[Tensor, Tensor | None], linears.Linear]:
+        """``linear_of`` for the layers between embedding and head."""
+        return self.linear_of if self.few_bits is None else self.few_bits.linear_of
+
+    @property
+    def silu_and_mul_to_linear(self) -> Callable[[Tensor], Tensor | Rounded]:
+        """``silu_and_mul`` whose result only a linear layer reads."""
+        return self.few_bits.silu_and_mul if isinstance(self.few_bits, EightBits) else self.silu_and_mul
 
 
 def deterministic_kernels() -> Kernels:
@@ -82,3 +96,27 @@ def kernels_of(platform: str) -> Kernels:
             add_bias=function_of("logits", "add_bias", platform),
         ),
     )
+
+
+def few_bit_kernels_of(platform: str) -> FewBitKernels:
+    """Those that ``servekit.kernels.choice`` has for a platform."""
+    return FewBitKernels(
+        w8a8_linear=function_of("quantized_linear", "w8a8_linear", platform),
+        w8a8_product=function_of("quantized_linear", "w8a8_product", platform),
+        w4a16_linear=function_of("quantized_linear", "w4a16_linear", platform),
+        rms_norm_quantized=function_of("rms_norm", "rms_norm_quantized", platform),
+        silu_and_mul_quantized=function_of("silu_and_mul", "silu_and_mul_quantized", platform),
+    )
+
+
+def rounded_kernels(kernels: Kernels, quantization: str, platform: str, float8: torch.dtype) -> Kernels:
+    """``kernels`` with linear layers of few bits.
+
+    Args:
+        quantization: int8, fp8 or int4.
+        float8: the form that the device multiplies.
+    """
+    operations = few_bit_kernels_of(platform)
+    if quantization == "int4":
+        return replace(kernels, few_bits=FourBits(operations))
+    return replace(kernels, few_bits=EightBits(operations, torch.int8 if quantization == "int8" else float8))

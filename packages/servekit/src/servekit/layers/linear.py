@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from servekit.layers.few_bits import Rounded
 from servekit.layers.parallel import Ranks, shard
 from servekit.layers.weights import Weights
 
@@ -31,11 +32,12 @@ class ColumnParallelLinear:
         def rows(whole: Tensor) -> Tensor:
             return shard(whole, 0, ranks)
 
-        self.weight = weights.settle(*(weights.read(f"{n}.weight", (out, in_features), rows) for n, out in pairs))
+        weight = weights.settle(*(weights.read(f"{n}.weight", (out, in_features), rows) for n, out in pairs))
+        self.out_features = len(weight)  # of this rank
         self.bias = weights.settle(*(weights.read(f"{n}.bias", (out,), rows) for n, out in pairs)) if bias else None
-        self._product = weights.kernels.linear_of(self.weight, self.bias)
+        self._product = weights.kernels.layer_linear_of(weight, self.bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Rounded) -> Tensor:
         """``[tokens, in_features]`` -> ``[tokens, this rank's rows of all matrices]``."""
         return self._product(x)
 
@@ -49,13 +51,13 @@ class RowParallelLinear:
         def columns(whole: Tensor) -> Tensor:
             return shard(whole, 1, weights.ranks)
 
-        self.weight = weights.settle(weights.read(f"{name}.weight", (out_features, in_features), columns))
+        weight = weights.settle(weights.read(f"{name}.weight", (out_features, in_features), columns))
         self.bias: Tensor | None = None
         if bias:
             whole = weights.settle(weights.read(f"{name}.bias", (out_features,)))
             self.bias = whole if self.ranks.rank == 0 else torch.zeros_like(whole)
-        self._product = weights.kernels.linear_of(self.weight, self.bias)
+        self._product = weights.kernels.layer_linear_of(weight, self.bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Rounded) -> Tensor:
         """``[tokens, this rank's in_features]`` -> ``[tokens, out_features]``, summed over the ranks."""
         return self.ranks.all_reduce(self._product(x))

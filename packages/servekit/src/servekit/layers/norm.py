@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from servekit.layers.few_bits import EightBits, Rounded
 from servekit.layers.weights import Weights
 
 
@@ -23,3 +24,10 @@ class RMSNorm:
         if residual is None:
             return self._kernels.rms_norm(x, self.weight, self.eps), x
         return self._kernels.add_rms_norm(x, residual, self.weight, self.eps)
+
+    def add_to_linear(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor | Rounded, Tensor]:
+        """As ``add``, for linear layers alone: with eight-bit ones the norm is rounded in the same pass."""
+        few_bits = self._kernels.few_bits
+        if isinstance(few_bits, EightBits):
+            return few_bits.add_rms_norm(x, residual, self.weight, self.eps)
+        return self.add(x, residual)

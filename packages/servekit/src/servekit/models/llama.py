@@ -13,6 +13,7 @@ from common_platform.errors import ArtifactConfigError
 from servekit.core.facts import KVGroup
 from servekit.layers.attention import Attention, StepInputs
 from servekit.layers.embedding import LogitsHead, VocabParallelEmbedding
+from servekit.layers.few_bits import Rounded
 from servekit.layers.linear import ColumnParallelLinear, RowParallelLinear
 from servekit.layers.norm import RMSNorm
 from servekit.layers.parallel import share
@@ -129,15 +130,15 @@ class LlamaLayer:
         names = [f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"]
         inner = config.intermediate_size
         self.gate_up = ColumnParallelLinear(weights, names, hidden, [inner, inner], bias=config.mlp_bias)
-        self._silu_and_mul = weights.kernels.silu_and_mul
+        self._silu_and_mul = weights.kernels.silu_and_mul_to_linear
         self.down = RowParallelLinear(weights, f"{at}.mlp.down_proj", inner, hidden, bias=config.mlp_bias)
 
     def __call__(self, x: Tensor, residual: Tensor | None, step: StepInputs) -> tuple[Tensor, Tensor]:
-        x, residual = self.input_norm.add(x, residual)
-        x, residual = self.post_norm.add(self._attend(x, step), residual)
-        return self.down(self._silu_and_mul(self.gate_up(x))), residual
+        normed, residual = self.input_norm.add_to_linear(x, residual)
+        normed, residual = self.post_norm.add_to_linear(self._attend(normed, step), residual)
+        return self.down(self._silu_and_mul(self.gate_up(normed))), residual
 
-    def _attend(self, x: Tensor, step: StepInputs) -> Tensor:
+    def _attend(self, x: Tensor | Rounded, step: StepInputs) -> Tensor:
         tokens = len(x)
         turned = (self.heads + self.kv_heads) * self.width
         qkv = self.qkv(x)

@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 from torch.nn.functional import linear
 
-Linear = Callable[[Tensor], Tensor]
+Linear = Callable[..., Tensor]  # of the rows: a tensor, or what servekit.layers.few_bits rounds them to
 
 
 def linear_of(weight: Tensor, bias: Tensor | None) -> Linear:

@@ -14,6 +14,15 @@ ELEMENTS = 4096  # of a program
 
 
 @triton.jit
+def round_to_eight_bits(x, scale, largest, TO_INT: tl.constexpr):
+    """``x / scale``, a float that the type which it is stored in holds as it is, or nearly."""
+    scaled = x / scale
+    if TO_INT:
+        scaled = tl.floor(scaled + 0.5)
+    return tl.minimum(tl.maximum(scaled, -largest), largest)
+
+
+@triton.jit
 def _quantize(
     x_ptr,
     values_ptr,
@@ -35,10 +44,7 @@ def _quantize(
     places = row[:, None] * width + columns
     x = tl.load(x_ptr + places, mask=real, other=0.0).to(tl.float32)
     scales = tl.maximum(tl.max(tl.abs(x), axis=1), smallest) / largest
-    scaled = x / scales[:, None]
-    if TO_INT:
-        scaled = tl.floor(scaled + 0.5)
-    scaled = tl.minimum(tl.maximum(scaled, -largest), largest)
+    scaled = round_to_eight_bits(x, scales[:, None], largest, TO_INT)
     tl.store(values_ptr + places, scaled.to(values_ptr.dtype.element_ty), mask=real)
     tl.store(scales_ptr + index, scales, mask=index < total)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from servekit.kernels.quantize.reference import quantize
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Zhang and Sennrich 2019. ``x`` is [rows, hidden], any float dtype; the mean is taken in float32.
@@ -28,14 +30,11 @@ def rms_norm_quantized(
     """The norm of ``x`` (and ``residual``) in 8 bits, each row with a scale of its own.
 
     Args:
-        dtype: int8 or a float8; a row's largest number becomes the largest of the type.
+        dtype: int8 or a float8, to which ``servekit.kernels.quantize`` would round the norm.
 
     Returns:
         ``[rows, hidden]`` in ``dtype``, the scales ``[rows]`` float32 that it is multiplied by, and the sum.
     """
     total = x if residual is None else x + residual
-    normed = rms_norm(total, weight, eps).float()
-    limit = 127.0 if dtype == torch.int8 else float(torch.finfo(dtype).max)
-    scales = normed.abs().amax(dim=-1).clamp(min=1e-10) / limit
-    steps = normed / scales[:, None]
-    return (steps.round() if dtype == torch.int8 else steps).to(dtype), scales, total
+    values, scales = quantize(rms_norm(total, weight, eps), dtype, x.shape[1])
+    return values, scales[:, 0], total

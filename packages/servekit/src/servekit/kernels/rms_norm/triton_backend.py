@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from common_platform.kernels import NVIDIA_FP8, Specialization, Work
+from servekit.kernels.quantize.reference import LARGEST, SMALLEST
+from servekit.kernels.quantize.triton_backend import round_to_eight_bits
 
 
 @triton.jit
@@ -17,14 +19,15 @@ def _rms_norm(
     weight_ptr,
     out_ptr,
     total_ptr,
-    scale_ptr,
+    scale_ptr,  # None: the output is not rounded to eight bits
     x_stride,
     hidden,
     eps,
-    LIMIT: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row. ``LIMIT``: the largest 8-bit number where the output is one, else 0."""
+    """One program a row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden
@@ -39,12 +42,9 @@ def _rms_norm(
     normed = (x32 * scale).to(x.dtype).to(tl.float32) * weight.to(tl.float32)
     if scale_ptr is not None:
         normed = normed.to(x.dtype).to(tl.float32)
-        step = tl.maximum(tl.max(tl.abs(normed), axis=0), 1e-10) / LIMIT
+        step = tl.maximum(tl.max(tl.abs(normed), axis=0), SMALLEST) / LARGEST
         tl.store(scale_ptr + row, step)
-        normed = normed / step
-        if out_ptr.dtype.element_ty == tl.int8:
-            half = tl.where(normed < 0, -0.5, 0.5)
-            normed = (normed + half).to(tl.int32)
+        normed = round_to_eight_bits(normed, step, LARGEST, out_ptr.dtype.element_ty == tl.int8)
     tl.store(out_ptr + row * hidden + columns, normed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -87,13 +87,10 @@ def _launch(
         return
     flat = x if x.is_contiguous() else x.reshape(rows, hidden)
     stride = hidden if x.is_contiguous() else flat.stride(0)
-    limit = 0.0
-    if scales is not None:
-        limit = 127.0 if out.dtype == torch.int8 else float(torch.finfo(out.dtype).max)
+    largest = 0.0 if scales is None else LARGEST[out.dtype]
     block = triton.next_power_of_2(hidden)
-    _rms_norm[(rows,)](
-        flat, residual, weight, out, total, scales, stride, hidden, eps, limit, block, num_warps=_warps(block)
-    )
+    given = (flat, residual, weight, out, total, scales, stride, hidden, eps, largest, SMALLEST, block)
+    _rms_norm[(rows,)](*given, num_warps=_warps(block))
 
 
 def _warps(block: int) -> int:
@@ -107,7 +104,8 @@ def _specialization(
     given = {"x_ptr": pointer, "weight_ptr": pointer, "out_ptr": f"*{out}"}
     given |= {"x_stride": "i32:16", "hidden": "i32:16", "eps": "fp32"}
     block = triton.next_power_of_2(hidden)
-    constants = {"LIMIT": limit, "BLOCK": block, "residual_ptr": None, "total_ptr": None, "scale_ptr": None}
+    constants: dict[str, object] = {"LARGEST": limit, "SMALLEST": SMALLEST, "BLOCK": block}
+    constants |= dict.fromkeys(("residual_ptr", "total_ptr", "scale_ptr"))
     for key, kind, used in (
         ("residual_ptr", pointer, residual),
         ("total_ptr", pointer, residual),
