@@ -1,13 +1,14 @@
 """Prove and time everything on the GPU at hand: `python -m tests.gpu`, or `nox -s gpu`.
 
-Needs torch, triton, transformers, safetensors, numpy and pytest, and our packages on PYTHONPATH:
+Needs torch, triton (and the C compiler that it calls), transformers, safetensors, numpy and pytest, and our packages:
 
     PYTHONPATH=packages/common-platform/src:packages/servekit/src:packages/trainkit/src:. python -m tests.gpu
 
 All is written to one JSON with the device's name, driver and versions; `--page` makes docs/benchmarks/gpu.md of
 such files. Without a GPU it says so, writes that nothing ran, and exits 0; `--dry-run` tries the script itself on a
-CPU, with tiny sizes and interpreted kernels. Each phase is a process of its own, so that one which breaks the device
-does not take the others along; a phase that fails is in the JSON with its output, and the exit code is 1.
+CPU, with tiny sizes and interpreted kernels. First everything is proved, in several processes side by side, which also
+compile what is timed afterwards, one stage at a time. A stage that breaks the device or hangs is ended and goes on with
+its next case in a new process; the JSON is written anew after each stage, and the exit code is 1 where anything failed.
 """
 
 from __future__ import annotations
@@ -16,170 +17,182 @@ import argparse
 import json
 import os
 import re
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from tests.gpu.stages import Stage, run_stage
+from tests.gpu.work import PROOFS, TIMED, has_msgspec, run_work
 
 ROOT = Path(__file__).resolve().parents[2]
 BARE = Path(__file__).parent / "bare"
 SOURCES = [ROOT, *(ROOT / "packages" / name / "src" for name in ("common-platform", "servekit", "trainkit"))]
-BUDGET_S = 570
-PHASES = {  # name -> most seconds that it may take; what comes first matters most
-    "tests": 240,
-    "parity": 100,
-    "kernels": 100,
-    "engine-1b": 150,
-    "engine-8b": 200,
-    "training": 90,
-}
-TEST_FOLDERS = ("tests/servekit/kernels", "tests/trainkit/kernels")
+BUDGET_S = 540
+PROOFS_S = 220
+STALL_S = 75  # a case compiles its kernels, loads its model
+LEAST_S = 15  # that a stage must have left to begin
+SPARE_CORES = 3
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="the JSON; default: docs/benchmarks/data/gpu-DEVICE.json")
     parser.add_argument("--dry-run", action="store_true", help="try the script on a CPU")
-    parser.add_argument("--only", nargs="*", choices=list(PHASES), help="these phases")
+    parser.add_argument("--only", nargs="*", choices=["tests", *PROOFS, *TIMED], help="these stages")
+    parser.add_argument("--tune", action="store_true", help="also measure how attention is best launched")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for all of it; default: %(default)s")
     parser.add_argument("--page", nargs="+", type=Path, metavar="JSON", help="make docs/benchmarks/gpu.md and stop")
-    parser.add_argument("--phase", choices=list(PHASES), help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=2, metavar=("NAME", "PROGRESS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not has_msgspec():
         sys.path.append(str(BARE))
-        os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(BARE)])
     if arguments.page:
         from tests.gpu.page import write_page
 
         write_page(ROOT / "docs" / "benchmarks" / "gpu.md", arguments.page)
         return 0
-    if arguments.phase:
-        print("\n" + json.dumps(run_phase(arguments.phase, is_dry=arguments.dry_run)))
-        return 0
+    if arguments.work:
+        return run_work(arguments.work[0], Path(arguments.work[1]), is_dry=arguments.dry_run)
     return run_all(arguments)
 
 
-def has_msgspec() -> bool:
-    try:
-        import msgspec  # noqa: F401
-    except ModuleNotFoundError:
-        return False
-    return True
-
-
 def run_all(arguments: argparse.Namespace) -> int:
-    """Each phase in turn, as long as there is time, and the JSON after each of them."""
-    from tests.gpu.machine import facts
+    """The proofs side by side, then each timed stage as long as there is time; the JSON after each of them."""
+    from tests.gpu.page import section
 
-    report: dict[str, Any] = {"machine": facts(), "ran": False, "is_dry_run": arguments.dry_run, "phases": {}}
-    has_gpu = report["machine"]["device"] is not None
-    out = arguments.out or ROOT / "docs" / "benchmarks" / "data" / f"gpu-{_slug(report['machine']['device'])}.json"
-    if not has_gpu and not arguments.dry_run:
-        print("no GPU here: nothing ran")
-        if arguments.out:
-            _write(out, report)
-        return 0
-    report["ran"] = has_gpu
-    begin = time.monotonic()
-    for name in arguments.only or PHASES:
-        left = BUDGET_S - (time.monotonic() - begin)
-        if left < 20:
-            report["phases"][name] = {"ok": False, "skipped": "no time left"}
-            continue
-        report["phases"][name] = _in_process(name, min(PHASES[name], left), is_dry=arguments.dry_run)
-        report["seconds"] = time.monotonic() - begin
-        _write(out, report)
-        print(f"{name}: {'ok' if report['phases'][name]['ok'] else 'FAILED'} {report['seconds']:.0f} s", flush=True)
-    print(out)
-    return 0 if all(phase["ok"] for phase in report["phases"].values()) else 1
+    folder = Path(tempfile.mkdtemp(prefix="gpu-"))
+    try:
+        run = Run(folder, arguments)
+        if run.report["machine"]["device"] is None and not arguments.dry_run:
+            print("no GPU here: nothing ran")
+            if arguments.out:
+                run.write()
+            return 0 if run.report["machine"]["ok"] else 1
+        run.prove()
+        run.time()
+        print(section(run.report))
+        print(run.out)
+        return 0 if all(stage["ok"] for stage in run.report["phases"].values()) else 1
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _in_process(name: str, limit_s: float, *, is_dry: bool) -> dict[str, Any]:
-    """The phase's figures, or how it ended."""
-    command = [sys.executable, "-m", "tests.gpu", "--phase", name, *(["--dry-run"] if is_dry else [])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, SOURCES), os.environ.get("PYTHONPATH", "")])}
+class Run:
+    """One run: its report, and the time that it has left."""
+
+    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
+        self._begin = time.monotonic()
+        self._folder = folder
+        self._is_dry = arguments.dry_run
+        self._budget_s = arguments.budget_s
+        self._wanted = set(arguments.only or ["tests", *PROOFS, *TIMED]) - (set() if arguments.tune else {"tuning"})
+        if arguments.tune:
+            self._wanted.add("tuning")
+        self._env = _environment(folder, is_dry=self._is_dry)
+        machine = run_stage(self._stage("machine", 90), folder, self._env)
+        machine = {"device": None, "versions": {}} | machine
+        self.report: dict[str, Any] = {"machine": machine, "ran": machine["device"] is not None}
+        self.report |= {"is_dry_run": self._is_dry, "phases": {}}
+        name = f"gpu-{_slug(machine['device'])}.json"
+        self.out: Path = arguments.out or ROOT / "docs" / "benchmarks" / "data" / name
+
+    def prove(self) -> None:
+        """Shards of the kernel tests, parity, and what compiles kernels ahead, on all cores at once."""
+        cores = 2 if self._is_dry else max(len(os.sched_getaffinity(0)) - SPARE_CORES, 2)
+        count = 1 if self._is_dry else max(cores - 2, 1)
+        limit_s = min(PROOFS_S, self._left_s())
+        jobs = {name: self._stage(name, limit_s) for name in PROOFS if name in self._wanted}
+        if "tests" in self._wanted:
+            jobs |= {f"tests-{i}": self._stage(f"tests-{i}-of-{count}", limit_s) for i in range(count)}
+        with ThreadPoolExecutor(cores) as pool:
+            ends = {name: pool.submit(self._run, stage) for name, stage in jobs.items()}
+            found = {name: end.result() for name, end in ends.items()}
+        phases = self.report["phases"]
+        shards = [found.pop(name) for name in list(found) if name.startswith("tests-")]
+        if shards:
+            phases["tests"] = _all_shards(shards)
+        phases |= found
+        self._told("proofs", all(phase["ok"] for phase in phases.values()))
+
+    def time(self) -> None:
+        for name, limit_s in TIMED.items():
+            if name not in self._wanted:
+                continue
+            if self._left_s() < LEAST_S:
+                self.report["phases"][name] = {"ok": False, "skipped": "no time left"}
+            else:
+                self.report["phases"][name] = self._run(self._stage(name, min(limit_s, self._left_s())))
+            self._told(name, self.report["phases"][name]["ok"])
+
+    def write(self) -> None:
+        """All of the file or nothing, so that what ends this process leaves the last whole one."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        part = self.out.with_suffix(".part")
+        part.write_text(json.dumps(self.report, indent=1) + "\n")
+        part.replace(self.out)
+
+    def _run(self, stage: Stage) -> dict[str, Any]:
+        """A folder for the models of the stage lives as long as it does, however it ends."""
+        scratch = _scratch()
+        try:
+            return run_stage(stage, self._folder, self._env | {"GPU_SCRATCH": str(scratch)})
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _stage(self, name: str, limit_s: float) -> Stage:
+        command = [sys.executable, "-m", "tests.gpu", *(["--dry-run"] if self._is_dry else []), "--work", name]
+        return Stage(name=name, command=command, limit_s=limit_s, stall_s=STALL_S)
+
+    def _left_s(self) -> float:
+        return self._budget_s - (time.monotonic() - self._begin)
+
+    def _told(self, name: str, ok: bool) -> None:
+        self.report["seconds"] = time.monotonic() - self._begin
+        self.write()
+        print(f"{name}: {'ok' if ok else 'FAILED'} {self.report['seconds']:.0f} s", flush=True)
+
+
+def _environment(folder: Path, *, is_dry: bool) -> dict[str, str]:
+    """Kernels are compiled into one cache for all stages; nothing is looked for on a network."""
+    paths = [*map(str, SOURCES), os.environ.get("PYTHONPATH", ""), *([] if has_msgspec() else [str(BARE)])]
+    env = {"TRITON_CACHE_DIR": str(folder / "triton")} | os.environ
+    env |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    env |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "TOKENIZERS_PARALLELISM": "false"}
     if is_dry:
         env |= {"TRITON_INTERPRET": "1", "KERNEL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    begin = time.monotonic()
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=limit_s)
-    except subprocess.TimeoutExpired as late:
-        told = (late.stdout or b"")[-3000:]
-        return {"ok": False, "error": f"longer than {limit_s:.0f} s", "output": told.decode(errors="replace")}
-    seconds = time.monotonic() - begin
-    if done.returncode:
-        output = (done.stdout[-1500:] + done.stderr[-3000:]).strip()
-        return {"ok": False, "error": f"exit code {done.returncode}", "output": output, "seconds": seconds}
-    figures = json.loads(done.stdout.strip().splitlines()[-1])
-    return {"ok": figures.pop("ok", True), "seconds": seconds} | figures
+    return env
 
 
-def run_phase(name: str, *, is_dry: bool) -> dict[str, Any]:
-    """In a process of its own."""
-    if name == "tests":
-        return kernel_tests(is_dry=is_dry)
-    import torch
-
-    device = torch.device("cpu" if is_dry else "cuda")
-    if is_dry:
-        from common_platform.kernels import runs_triton
-
-        runs_triton(device)  # makes the interpreter ready
-    if name == "parity":
-        from tests.gpu.engine_times import parity
-
-        return parity(device, is_dry=is_dry)
-    if name == "kernels":
-        from tests.gpu.kernel_times import measure
-
-        figures = measure(device, is_dry=is_dry)
-        return figures | {"ok": not any("error" in one for one in figures["kernels"])}
-    if name == "training":
-        from tests.gpu.training_times import measure as train
-
-        return train(device, is_dry=is_dry)
-    from tests.gpu.engine_times import throughput
-
-    return throughput(name.removeprefix("engine-"), device, is_dry=is_dry)
+def _scratch() -> Path:
+    """In memory where there is some: models are written there and read once."""
+    shared = Path("/dev/shm")
+    has_room = shared.is_dir() and shutil.disk_usage(shared).free > 40e9
+    return Path(tempfile.mkdtemp(dir=shared if has_room else None, prefix="gpu-"))
 
 
-def kernel_tests(*, is_dry: bool) -> dict[str, Any]:
-    """All tests of kernels in all dtypes of the device, by pytest alone; the names of those that fail."""
-    files = [
-        str(path)
-        for folder in TEST_FOLDERS
-        for path in sorted((ROOT / folder).glob("test_*.py"))
-        if "tests.kernels.backends" in path.read_text() and "import hypothesis" not in path.read_text()
-        if not is_dry or path.stem == "test_gates"
-    ]
-    with tempfile.TemporaryDirectory(prefix="gpu-") as home:
-        found = Path(home) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-c", "tests/gpu/pytest.ini", "--rootdir", str(ROOT)]
-        command += ["-k", "triton", "--junitxml", str(found), *files]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if not found.is_file():
-            return {"ok": False, "error": f"pytest: exit code {done.returncode}", "output": done.stdout[-3000:]}
-        suite = ET.parse(found).getroot().find("testsuite")  # noqa: S314
-        if suite is None:
-            return {"ok": False, "error": "pytest wrote no suite"}
-        failed = [
-            {"test": case.get("name"), "why": (case[0].get("message") or "")[:300]}
-            for case in suite.iter("testcase")
-            if case.find("failure") is not None or case.find("error") is not None
-        ]
-        counts = {name: int(suite.get(name) or 0) for name in ("tests", "failures", "errors", "skipped")}
-    return {"ok": done.returncode == 0, "counts": counts, "failed": failed[:100]}
+def _all_shards(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The counts of all shards, the tests that failed and why, and where a process ended."""
+    outcomes = {test: outcome for shard in shards for test, outcome in shard.get("outcomes", {}).items()}
+    failed = {test: why for shard in shards for test, why in shard.get("failed", {}).items()}
+    counts = {kind: list(outcomes.values()).count(kind) for kind in ("passed", "failed", "skipped")}
+    ends = [failure for shard in shards for failure in shard.get("failures", [])]
+    told = [{"test": test, "why": why} for test, why in failed.items()]
+    return {
+        "ok": not told and not ends and counts["passed"] > 0,
+        "seconds": max(shard["seconds"] for shard in shards),
+        "counts": counts,
+        "failed": told[:100],
+        "failures": ends[:20],
+    }
 
 
 def _slug(device: str | None) -> str:
     return re.sub(r"[^a-z0-9]+", "-", (device or "none").lower()).strip("-")
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,56 +2,82 @@
 
 from __future__ import annotations
 
-import gc
-import shutil
-import tempfile
+import os
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tests.gpu.folders import SHAPES, write_folder
-from tests.gpu.machine import Stopwatch, bounds, has_package, synchronize
+from tests.gpu.machine import Stopwatch, bounds, forget, has_package, stop_if_broken, synchronize
+from tests.gpu.progress import Progress
+from tests.gpu.work import device_of
 
+Put = Callable[..., None]  # a figure, and the keys that lead to it
 PARITY_TOKENS = 24
 
 
-def scratch(needed_bytes: int) -> Path:
-    """A folder for a model: in memory where there is room, else on the disk."""
-    shared = Path("/dev/shm")
-    if shared.is_dir() and shutil.disk_usage(shared).free > 2 * needed_bytes:
-        return Path(tempfile.mkdtemp(dir=shared, prefix="gpu-"))
-    return Path(tempfile.mkdtemp(prefix="gpu-"))
+def scratch() -> Path:
+    """The folder that the stage was given."""
+    return Path(os.environ["GPU_SCRATCH"])
 
 
-def parity(device: torch.device, *, is_dry: bool) -> dict[str, Any]:
-    """Greedy tokens beside Transformers in float32, and how far its logprobs are from the engine's in low precision."""
+def parity(progress: Progress, is_dry: bool) -> int:
+    """Greedy tokens beside Transformers in float32, with recorded graphs and without."""
     import transformers
 
-    from servekit import LLM, SamplingParams
-
+    device = device_of(is_dry=is_dry)
     shape = SHAPES["tiny" if is_dry else "small"]
     prompts = [[5, 9, 200, 7], list(range(3, 60)), [77], [(i * 7919) % 250 for i in range(130)]][: 2 if is_dry else 4]
     num_tokens = 4 if is_dry else PARITY_TOKENS
-    folder = scratch(shape.num_parameters * 4)
-    try:
-        write_folder(folder, shape, torch.float32, device)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        ).to(device)
-        expected = [_generate(model, prompt, num_tokens, device) for prompt in prompts]
-        del model
-        params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-        found = {}
-        for name, settings in {"graphs": {}, "eager": {"enforce_eager": True}}.items():
-            with _llm(LLM, folder, device, dtype="float32", max_num_seqs=4, max_model_len=256, **settings) as llm:
-                outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
-            tokens = [list(output.outputs[0].token_ids) for output in outputs]
-            found[name] = sum(tokens[i] == expected[i] for i in range(len(prompts)))
-        same = all(count == len(prompts) for count in found.values())
-        return {"prompts": len(prompts), "tokens_each": num_tokens, "equal": found, "ok": same}
-    finally:
-        shutil.rmtree(folder)
+    folder = scratch() / "parity"
+    write_folder(folder, shape, torch.float32, device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).to(device)
+    expected = [_generate(model, prompt, num_tokens, device) for prompt in prompts]
+    progress.put(len(prompts), "prompts")
+    for name, settings in {"graphs": {}, "eager": {"enforce_eager": True}}.items():
+        if not progress.begins(name):
+            continue
+        found = _greedy(folder, prompts, num_tokens, device, settings)
+        forget()
+        differing = [
+            _difference(model, prompt, want, got, device)
+            for prompt, want, got in zip(prompts, expected, found, strict=True)
+            if want != got
+        ]
+        progress.put(len(prompts) - len(differing), "equal", name)
+        if differing:
+            progress.put(differing, "differing", name)
+            progress.put(False, "ok")
+    return 0
+
+
+def _greedy(
+    folder: Path, prompts: list[list[int]], num_tokens: int, device: torch.device, settings: dict[str, Any]
+) -> list[list[int]]:
+    """By a cache of its own small size: other proofs run on the device at the same time."""
+    from servekit import LLM, SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+    sizes = {"max_num_seqs": 4, "max_model_len": 256, "kv_cache_memory_bytes": 64 << 20}
+    with _llm(LLM, folder, device, dtype="float32", **sizes, **settings) as llm:
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def _difference(
+    model: Any, prompt: list[int], expected: list[int], found: list[int], device: torch.device
+) -> dict[str, Any]:
+    """Where tokens first differ, and how far apart Transformers has the two: hardly at all where it is a tie."""
+    at = next(i for i, (want, got) in enumerate(zip(expected, found, strict=True)) if want != got)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + expected[:at]], device=device)).logits[0, -1].float()
+    gap = float(logits[expected[at]] - logits[found[at]])
+    return {"prompt_tokens": len(prompt), "at": at, "expected": expected[at], "found": found[at], "logit_gap": gap}
 
 
 def _llm(kind: Any, folder: Path, device: torch.device, **settings: Any) -> Any:
@@ -82,37 +108,48 @@ class Load:
         self.peer_rows = 2 if is_dry else 16
 
 
-def throughput(name: str, device: torch.device, *, is_dry: bool) -> dict[str, Any]:
-    """Tokens a second of the shape ``name``, by us and by the peers that are here."""
+def throughput(name: str, progress: Progress, *, is_dry: bool) -> int:
+    """Tokens a second of the shape ``name``, by us and by the peers that are here; one after the other."""
+    device = device_of(is_dry=is_dry)
     shape = SHAPES["tiny" if is_dry else name]
     load = Load(is_dry=is_dry)
     dtype = torch.float32 if is_dry else torch.bfloat16
-    bandwidth = bounds(Stopwatch(device, is_dry=is_dry), device, is_dry=is_dry)["bandwidth_bytes_per_s"]
-    folder = scratch(shape.num_parameters * dtype.itemsize)
-    figures: dict[str, Any] = {"parameters": shape.num_parameters, "peers": {}}
-    try:
+    folder = scratch() / name
+    if progress.begins("model"):
         started = time.perf_counter()
         write_folder(folder, shape, dtype, device)
-        figures["made_in_s"] = time.perf_counter() - started
-        figures["graphs"] = _ours(folder, load, device, {})
-        if name == "1b":
-            figures["eager"] = _ours(folder, load, device, {"enforce_eager": True})
+        bandwidth = bounds(Stopwatch(device, is_dry=is_dry), device, is_dry=is_dry)["bandwidth_bytes_per_s"]
         bound = bandwidth / (shape.num_parameters * dtype.itemsize)
-        single = figures["graphs"]["tokens_per_s"]["1"]
-        figures |= {"single_stream_bound_tokens_per_s": bound, "single_stream_share": single / bound}
-        figures["peers"]["transformers"] = _transformers(folder, load, device, dtype)
-        if has_package("vllm") and not is_dry:
-            figures["peers"]["vllm"] = _vllm(folder, load)
-    finally:
-        shutil.rmtree(folder)
-    return figures
+        progress.put(shape.num_parameters, "parameters")
+        progress.put(bound, "single_stream_bound_tokens_per_s")
+        progress.put(time.perf_counter() - started, "made_in_s")
+        forget()
+    runs: dict[str, Callable[[Put], None]] = {
+        "graphs": lambda put: _ours(folder, load, device, {}, put),
+        "transformers": lambda put: _transformers(folder, load, device, dtype, put),
+    }
+    if name == "1b":
+        runs["eager"] = lambda put: _ours(folder, load, device, {"enforce_eager": True}, put)
+    if has_package("vllm") and not is_dry:
+        runs["vllm"] = lambda put: _vllm(folder, load, put)
+    for run, measure in runs.items():
+        if not progress.begins(run):
+            continue
+        try:
+            measure(lambda value, *at, run=run: progress.put(value, "runs", run, *at))
+        except Exception as error:  # noqa: BLE001 - told in the report; the others go on
+            progress.put({"error": repr(error)[:500], "trace": traceback.format_exc()[-1500:]}, "errors", run)
+            progress.put(False, "ok")
+            stop_if_broken()
+        forget()
+    return 0
 
 
 def _prompts(count: int, length: int, vocab: int) -> list[list[int]]:
     return [[(row * 7919 + i * 104729) % (vocab - 3) + 3 for i in range(length)] for row in range(count)]
 
 
-def _ours(folder: Path, load: Load, device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
+def _ours(folder: Path, load: Load, device: torch.device, settings: dict[str, Any], put: Put) -> None:
     from servekit import LLM, SamplingParams
 
     started = time.perf_counter()
@@ -128,7 +165,7 @@ def _ours(folder: Path, load: Load, device: torch.device, settings: dict[str, An
         enable_prefix_caching=False,
         **settings,
     ) as llm:
-        figures: dict[str, Any] = {"ready_in_s": time.perf_counter() - started, "tokens_per_s": {}}
+        put(time.perf_counter() - started, "ready_in_s")
         vocab = llm.facts.vocab_size
         params = SamplingParams(temperature=0, max_tokens=load.answer, ignore_eos=True)
         llm.generate([{"prompt_token_ids": p} for p in _prompts(2, load.prompt, vocab)], params)
@@ -138,23 +175,14 @@ def _ours(folder: Path, load: Load, device: torch.device, settings: dict[str, An
             outputs = llm.generate(prompts, params)
             synchronize()
             tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-            figures["tokens_per_s"][str(count)] = tokens / (time.perf_counter() - begin)
-    _forget()
-    return figures
+            put(tokens / (time.perf_counter() - begin), "tokens_per_s", str(count))
 
 
-def _forget() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _transformers(folder: Path, load: Load, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _transformers(folder: Path, load: Load, device: torch.device, dtype: torch.dtype, put: Put) -> None:
     """One stream, and a batch that is padded to nothing: prompts are of one length, which is its best case."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    figures = {}
     for rows in (1, load.peer_rows):
         ids = torch.tensor(_prompts(rows, load.prompt, model.config.vocab_size), device=device)
         answer = min(load.answer, 32)
@@ -172,13 +200,10 @@ def _transformers(folder: Path, load: Load, device: torch.device, dtype: torch.d
                 )
             synchronize()
             if timed:
-                figures[str(rows)] = rows * answer / (time.perf_counter() - begin)
-    del model
-    _forget()
-    return {"tokens_per_s": figures}
+                put(rows * answer / (time.perf_counter() - begin), "tokens_per_s", str(rows))
 
 
-def _vllm(folder: Path, load: Load) -> dict[str, Any]:
+def _vllm(folder: Path, load: Load, put: Put) -> None:
     import vllm
 
     engine = vllm.LLM(
@@ -190,11 +215,9 @@ def _vllm(folder: Path, load: Load) -> dict[str, Any]:
         enable_prefix_caching=False,
     )
     params = vllm.SamplingParams(temperature=0, max_tokens=load.answer, ignore_eos=True, detokenize=False)
-    figures = {}
     for count in load.concurrent:
         prompts = [{"prompt_token_ids": prompt} for prompt in _prompts(count, load.prompt, 1000)]
         begin = time.perf_counter()
         outputs = engine.generate(prompts, params, use_tqdm=False)
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        figures[str(count)] = tokens / (time.perf_counter() - begin)
-    return {"tokens_per_s": figures}
+        put(tokens / (time.perf_counter() - begin), "tokens_per_s", str(count))

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.gpu.machine import Stopwatch, bounds
+from tests.gpu.machine import Stopwatch, bounds, forget, stop_if_broken, synchronize
 from tests.gpu.matrix_times import matrix_rows
+from tests.gpu.progress import Progress
+from tests.gpu.work import device_of
 from torch import Tensor
 
 from servekit.kernels.paged_attention.metadata import paged_metadata
@@ -156,31 +158,54 @@ def attention_call(
     return lambda: attention.paged_attention(query, cache, metadata, s.width**-0.5, kv_scales=scales)
 
 
-def measure(device: torch.device, *, is_dry: bool) -> dict[str, Any]:
+def all_cases(*, is_dry: bool) -> tuple[torch.device, list[Case]]:
+    """Those of this script, of few bits, experts and training."""
+    device = device_of(is_dry=is_dry)
+    more = [Case(*row) for row in matrix_rows(device, is_dry=is_dry)]
+    return device, [*cases(Sizes(is_dry=is_dry), device), *more]
+
+
+def compile_ahead(progress: Progress, number: int, count: int, *, is_dry: bool) -> int:
+    """Call every ``count``-th case once, so that its kernels lie in the cache when it is timed."""
+    found = all_cases(is_dry=is_dry)[1][number::count]
+    for case in found[:2] if is_dry else found:
+        if progress.begins(case.name):
+            try:
+                case.make()()
+                synchronize()
+            except Exception as error:  # noqa: BLE001 - the stage that times it tells what is wrong
+                progress.put(repr(error)[:200], "passed_over", case.name)
+                stop_if_broken()
+            forget()
+    return 0
+
+
+def measure(progress: Progress, is_dry: bool) -> int:
     """Every case; one that fails is told with its error, and the others go on."""
+    device, found = all_cases(is_dry=is_dry)
     watch = Stopwatch(device, is_dry=is_dry)
     limits = bounds(watch, device, is_dry=is_dry)
-    figures: list[dict[str, Any]] = []
-    more = [Case(*row) for row in matrix_rows(device, is_dry=is_dry)]
-    for case in [*cases(Sizes(is_dry=is_dry), device), *more]:
+    progress.put(limits, "bounds")
+    for case in found:
+        if not progress.begins(case.name):
+            continue
         try:
             seconds = watch.seconds(case.make())
         except Exception as error:  # noqa: BLE001 - told in the report, for whoever mends it
-            figures.append({"name": case.name, "error": repr(error)[:500], "trace": traceback.format_exc()[-1500:]})
-            continue
-        rate, limit = case.bytes / seconds, limits["bandwidth_bytes_per_s"]
-        if case.bound != "bandwidth":
-            rate, limit = case.flops / seconds, limits["tensor_flops_per_s"]
-        figures.append(
-            {
-                "name": case.name,
-                "us": seconds * 1e6,
-                "bound": case.bound,
-                "share": rate / limit,
-                "target": case.target,
-                "met": rate / limit >= case.target,
-            }
-        )
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return {"bounds": limits, "kernels": figures}
+            told = {"error": repr(error)[:500], "trace": traceback.format_exc()[-1500:]}
+            progress.put(told, "kernels", case.name)
+            progress.put(False, "ok")
+            stop_if_broken()
+        else:
+            progress.put(_share(case, seconds, limits), "kernels", case.name)
+        forget()
+    return 0
+
+
+def _share(case: Case, seconds: float, limits: dict[str, float]) -> dict[str, Any]:
+    rate, limit = case.bytes / seconds, limits["bandwidth_bytes_per_s"]
+    if case.bound != "bandwidth":
+        rate, limit = case.flops / seconds, limits["tensor_flops_per_s"]
+    share = rate / limit
+    figures = {"us": seconds * 1e6, "bound": case.bound, "share": share}
+    return figures | {"target": case.target, "met": share >= case.target}

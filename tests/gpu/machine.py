@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -12,6 +15,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from tests.gpu.stages import BROKEN
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "vllm", "flashinfer-python", "flash-attn")
 
@@ -25,6 +29,7 @@ def facts() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     found: dict[str, Any] = {"python": platform.python_version(), "versions": versions, "device": None}
+    found["c_compiler"] = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if torch.cuda.is_available():
         about = torch.cuda.get_device_properties(0)
         found |= {
@@ -54,6 +59,28 @@ def has_package(name: str) -> bool:
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def forget() -> None:
+    """Give the memory of what nobody holds any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def is_broken() -> bool:
+    """Whether an error of a kernel has ended the device's work for this process."""
+    try:
+        synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def stop_if_broken() -> None:
+    """Leave the rest to a new process where nothing that this one asks of the device means anything any more."""
+    if is_broken():
+        os._exit(BROKEN)
 
 
 class Stopwatch:

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from tests.gpu.folders import SHAPES, config_of
-from tests.gpu.machine import synchronize
+from tests.gpu.machine import forget, synchronize
+from tests.gpu.progress import Progress
+from tests.gpu.work import device_of
 
 
-def measure(device: torch.device, *, is_dry: bool) -> dict[str, Any]:
+def measure(progress: Progress, is_dry: bool) -> int:
     """Seconds a step after warm-up and the most memory, of each precision."""
-    figures = {name: _steps(name, device, is_dry=is_dry) for name in ("32-true", "bf16-mixed", "bf16-true")}
-    plain = figures["32-true"]
-    for name in ("bf16-mixed", "bf16-true"):
-        figures[name]["speedup"] = plain["step_s"] / figures[name]["step_s"]
-        figures[name]["memory_saved"] = 1 - figures[name]["peak_bytes"] / max(plain["peak_bytes"], 1)
-    return figures
+    device = device_of(is_dry=is_dry)
+    for name in ("32-true", "bf16-mixed", "bf16-true"):
+        if progress.begins(name):
+            progress.put(_steps(name, device, is_dry=is_dry), "precisions", name)
+    return 0
 
 
 def _steps(precision: str, device: torch.device, *, is_dry: bool) -> dict[str, float]:
@@ -35,7 +36,8 @@ def _steps(precision: str, device: torch.device, *, is_dry: bool) -> dict[str, f
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+            with device:  # where drawing the weights takes no time
+                self.net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
 
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
             synchronize()
@@ -47,8 +49,8 @@ def _steps(precision: str, device: torch.device, *, is_dry: bool) -> dict[str, f
 
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(3, shape.vocab_size, (rows, length), generator=generator) for _ in range(num_steps)]
+    forget()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     trainer = trainkit.Trainer(
         max_steps=num_steps,

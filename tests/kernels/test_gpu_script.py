@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from tests.gpu.work import PROOFS, TIMED
 
 from common_platform.kernels import is_interpreted
 
@@ -27,17 +30,19 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(is_interpreted(), reason="it starts the interpreter itself")
 def test_a_dry_run_goes_through_every_phase(tmp_path):
     out = tmp_path / "gpu.json"
-    done = run("--dry-run", "--out", str(out))
+    done = run("--dry-run", "--tune", "--budget-s", "900", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr + out.read_text()
     report = json.loads(out.read_text())
     assert not report["ran"]
-    assert {name: phase["ok"] for name, phase in report["phases"].items()} == dict.fromkeys(
-        ("tests", "parity", "kernels", "engine-1b", "engine-8b", "training"), True
-    )
-    assert report["phases"]["tests"]["counts"]["tests"] > 0
-    assert report["phases"]["parity"]["equal"] == {"graphs": 2, "eager": 2}
-    assert all(one["us"] > 0 for one in report["phases"]["kernels"]["kernels"])
-    assert report["phases"]["engine-1b"]["graphs"]["tokens_per_s"]["2"] > 0
+    phases = report["phases"]
+    assert {name: phase["ok"] for name, phase in phases.items()} == dict.fromkeys(("tests", *PROOFS, *TIMED), True)
+    assert phases["tests"]["counts"]["passed"] > 0
+    assert phases["parity"]["equal"] == {"graphs": 2, "eager": 2}
+    assert all(one["us"] > 0 for one in phases["kernels"]["kernels"].values())
+    assert phases["engine-1b"]["runs"]["graphs"]["tokens_per_s"]["2"] > 0
+    assert set(phases["training"]["precisions"]) == {"32-true", "bf16-mixed", "bf16-true"}
+    assert set(phases["tuning"]["configs"]) == {"paged_attention_decode", "paged_attention_prefill"}
+    assert "Measured bounds" in done.stdout  # the page, also where no file comes back
 
 
 def test_without_a_gpu_it_says_so_and_records_that_nothing_ran(tmp_path):
@@ -49,11 +54,40 @@ def test_without_a_gpu_it_says_so_and_records_that_nothing_ran(tmp_path):
     assert json.loads(out.read_text())["phases"] == {}
 
 
-def test_the_stand_in_for_msgspec_runs_the_engine(tmp_path):
-    """A machine without msgspec: the real one is hidden, and a tiny model answers."""
+NEEDS = ("torch", "triton", "transformers", "safetensors", "numpy", "pytest")
+
+
+def top_modules_of(needs: tuple[str, ...]) -> set[str]:
+    """The modules of the distributions ``needs`` and of all that these require."""
+    wanted, seen = list(needs), set()
+    while wanted:
+        name = re.split(r"[^A-Za-z0-9._-]", wanted.pop(), maxsplit=1)[0].lower().replace("_", "-")
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            requires = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        wanted += [one for one in requires if "extra ==" not in one]
+    dists = metadata.packages_distributions()
+    return {top for top, names in dists.items() if {n.lower().replace("_", "-") for n in names} & seen}
+
+
+def test_the_engine_and_the_trainer_need_no_more_than_the_script_says(tmp_path):
+    """All other packages are hidden, msgspec among them; a tiny model answers, and another is trained."""
+    ours = {"common_platform", "servekit", "trainkit", "tests"}
+    hidden = set(metadata.packages_distributions()) - top_modules_of(NEEDS) - ours
+    assert {"msgspec", "fastapi", "zmq"} <= hidden
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests" / "gpu" / "bare")!r})
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in {sorted(hidden)!r} and top != "msgspec":
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Hidden())
 import msgspec
 assert not hasattr(msgspec, "json")
 import torch
@@ -63,12 +97,15 @@ from tests.gpu.folders import SHAPES, write_folder
 folder = write_folder(Path({str(tmp_path)!r}), SHAPES["tiny"], torch.float32, torch.device("cpu"))
 with LLM(folder, kernels="reference", device="cpu", max_model_len=64) as llm:
     found = llm.generate([{{"prompt_token_ids": [5, 6, 7]}}], SamplingParams(temperature=0, max_tokens=5))
+from tests.gpu.progress import Progress
+from tests.gpu.training_times import measure
+measure(Progress(None), True)
 print(len(found[0].outputs[0].token_ids))
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         timeout=200,

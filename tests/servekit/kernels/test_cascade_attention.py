@@ -35,22 +35,29 @@ def make(prefix, own, block_size, kv_heads, width, dtype):
     return cache.to(dtype).to(DEVICE), tables.to(torch.int32).to(DEVICE), contexts
 
 
-def exact(query, keys, values, scale, soft_cap):
+def exact(query, keys, values, scale, soft_cap, sinks=None):
     group = query.shape[0] // keys.shape[1]
     keys, values = (part.double().repeat_interleave(group, dim=1) for part in (keys, values))
     scores = torch.einsum("hd,thd->ht", query.double(), keys) * scale
     if soft_cap:
         scores = soft_cap * torch.tanh(scores / soft_cap)
-    return torch.einsum("ht,thd->hd", scores.softmax(dim=-1), values)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double()[:, None]), dim=1)
+    return torch.einsum("ht,thd->hd", scores.softmax(dim=-1)[:, : len(keys)], values)
 
 
-def check(backend, dtype, prefix, own, *, heads=(4, 2), width=16, block_size=16, soft_cap=0.0):
+def check(
+    backend, dtype, prefix, own, *, heads=(4, 2), width=16, block_size=16, soft_cap=0.0, window=0, has_sinks=False
+):
     cache, tables, contexts = make(prefix, own, block_size, heads[1], width, dtype)
     query = torch.randn(len(own), heads[0], width, generator=torch.Generator().manual_seed(1)).to(dtype)
     lengths = torch.tensor([prefix + tokens for tokens in own], dtype=torch.int32, device=DEVICE)
     scale = width**-0.5
-    found = CASCADE[backend](query.to(DEVICE), cache, tables, lengths, prefix, scale, soft_cap)
-    wanted = torch.stack([exact(query[row], *contexts[row], scale, soft_cap) for row in range(len(own))])
+    sinks = torch.linspace(-1, 2, heads[0]) if has_sinks else None
+    given = {"window": window, "sinks": None if sinks is None else sinks.to(DEVICE)}
+    found = CASCADE[backend](query.to(DEVICE), cache, tables, lengths, prefix, scale, soft_cap, **given)
+    seen = [context[:, -window:] for context in contexts]
+    wanted = torch.stack([exact(query[row], *seen[row], scale, soft_cap, sinks) for row in range(len(own))])
     assert found.dtype == dtype
     torch.testing.assert_close(found.double().cpu(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -76,9 +83,18 @@ def test_with_a_soft_cap(backend, dtype, width):
     check(backend, dtype, 33, [2, 40], width=width, soft_cap=3.0)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), cases(CASCADE))
+@pytest.mark.parametrize("window", [1, 9, 45, 1000], ids="window {}".format)
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["", "sinks"])
+def test_a_window_moves_with_each_row_and_sinks_take_their_share(backend, dtype, window, has_sinks):
+    """Windows that end in a row's own tokens, in the prefix, and before it."""
+    check(backend, dtype, 40, [1, 8, 60], heads=(6, 2), window=window, has_sinks=has_sinks)
+
+
 @pytest.mark.parametrize(("backend", "dtype"), [case for case in cases(CASCADE) if "triton" in case.id])
 def test_both_phases_split_among_programs(backend, dtype, monkeypatch):
-    module = importlib.import_module("servekit.kernels.cascade_attention.triton_backend")
-    monkeypatch.setattr(module, "SHORTEST", 16)
-    assert module.splits_of(1, 128) > 1
+    splitting = importlib.import_module("servekit.kernels.merge_attention.triton_backend")
+    monkeypatch.setattr(splitting, "SHORTEST", 16)
+    assert splitting.splits_of(1, 128) > 1
     check(backend, dtype, 150, [1, 90], block_size=16)
+    check(backend, dtype, 150, [1, 90], block_size=16, window=60)

@@ -6,13 +6,15 @@ import pytest
 import torch
 from tests.kernels.backends import DEVICE, backends, cases, multiplies_float8
 
+from common_platform.errors import ConfigError
 from common_platform.kernels import is_interpreted
 from servekit.kernels.fused_moe.experts import quantize_experts
+from servekit.kernels.fused_moe.shared import join, route_to_shared
 from servekit.kernels.quantize.reference import quantize
 
 MOE = backends("servekit.kernels.fused_moe", "fused_moe", of=("reference", "sorted"))
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-KINDS = ["dense", "int8", "int4", "fp8"]
+KINDS = ["dense", "int8", "w8a8", "int4", "fp8"]
 SHAPES = [(1, 2, 5, 72, 40), (19, 3, 6, 136, 72), (40, 1, 3, 64, 128)]  # tokens, top_k, experts, hidden, inner
 
 
@@ -42,13 +44,15 @@ def exact(x, experts, weights, gate_up, down, shared=None):
 
     def linear(row, matrix, rounds):
         if rounds:
-            values, scales = quantize(row[None].to(x.dtype), torch.float8_e4m3fn, 128)
-            row = (values.double() * scales.double().repeat_interleave(128, dim=1)[:, : len(row)])[0]
+            kind, group = rounds[0], rounds[1] or len(row)
+            values, scales = quantize(row[None].to(x.dtype), kind, group)
+            row = (values.double() * scales.double().repeat_interleave(group, dim=1)[:, : len(row)])[0]
         return matrix @ row
 
     whole = [[w.weight_of(expert).double() for w in (gate_up, down)] for expert in range(gate_up.shape[0])]
     out = torch.zeros(x.shape, dtype=torch.float64) if shared is None else shared.double().cpu()
-    rounds = hasattr(gate_up, "parts")
+    rounds = (torch.float8_e4m3fn, 128) if hasattr(gate_up, "parts") else ()
+    rounds = (torch.int8, 0) if getattr(gate_up, "rounds_inputs", False) else rounds
     for token, slots in enumerate(experts.tolist()):
         for slot, expert in enumerate(slots):
             if 0 <= expert < gate_up.shape[0]:
@@ -71,7 +75,8 @@ def check(backend, dtype, inputs, shared=None, loose=1.0):
 def test_agrees_with_float64(backend, dtype, shape, kind):
     if backend == "triton" and kind == "fp8" and not multiplies_float8():
         pytest.skip("this device does not have float8")
-    loose = 1.0 if kind != "fp8" else 2e3 if dtype == torch.float32 else 20  # a rounding to float8 may go either way
+    may_go_either_way = {"fp8": (2e3, 20.0), "w8a8": (1e3, 10.0)}.get(kind, (1.0, 1.0))  # roundings to eight bits
+    loose = may_go_either_way[dtype != torch.float32]
     check(backend, dtype, make_inputs(*shape, dtype, kind), loose=loose)
 
 
@@ -79,6 +84,31 @@ def test_agrees_with_float64(backend, dtype, shape, kind):
 def test_shared_experts_are_added(backend, dtype):
     inputs = make_inputs(*SHAPES[1], dtype, "dense")
     check(backend, dtype, inputs, shared=torch.randn_like(inputs[0]))
+
+
+@pytest.mark.parametrize("kind", ["dense", "int8", "int4"])
+@pytest.mark.parametrize(("backend", "dtype"), cases(MOE))
+def test_shared_experts_among_the_routed_ones_are_shared_experts_beside_them(backend, dtype, kind):
+    x, experts, weights, gate_up, down = make_inputs(*SHAPES[2], dtype, kind)
+    _, _, _, shared_gate_up, shared_down = make_inputs(40, 1, 2, *SHAPES[2][3:], dtype, kind)
+    both = join(gate_up, shared_gate_up), join(down, shared_down)
+    slots = route_to_shared(experts, weights, 3, 2, 0.5)
+    assert slots[0].shape == slots[1].shape == (40, 3)
+    check(backend, dtype, (x, *slots, *both))
+    half = torch.full((40, 2), 0.5, device=DEVICE)
+    numbers = torch.arange(2, dtype=torch.int32, device=DEVICE).expand(40, 2)
+    beside = MOE[backend](x, numbers.contiguous(), half, shared_gate_up, shared_down)
+    apart = MOE[backend](x, experts, weights, gate_up, down, beside)
+    tolerance = TOLERANCE[dtype] * 2
+    torch.testing.assert_close(MOE[backend](x, *slots, *both), apart, rtol=tolerance, atol=tolerance)
+
+
+def test_shared_experts_of_another_kind_or_size_are_refused():
+    dense, int8 = (make_inputs(*SHAPES[2], torch.float32, kind)[3] for kind in ("dense", "int8"))
+    other = make_inputs(*SHAPES[0], torch.float32, "dense")[3]
+    for shared in (int8, other):
+        with pytest.raises(ConfigError, match="shared_experts"):
+            join(dense, shared)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), cases(MOE))

@@ -6,9 +6,9 @@ import importlib
 
 import pytest
 import torch
-from tests.kernels.backends import DEVICE, backends, cases
+from tests.kernels.backends import DEVICE, backends, cases, multiplies_float8
 
-from servekit.kernels.mla_decode import absorb, project
+from servekit.kernels.mla_decode import absorb, compress, project
 
 MLA = backends("servekit.kernels.mla_decode", "mla_decode")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -77,9 +77,37 @@ def test_absorbed_attention_is_attention_with_uncompressed_heads(backend, dtype,
     check(backend, dtype, sizes, contexts, block_size)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), cases(MLA))
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def test_a_cache_of_eight_bits_is_read_as_what_its_scales_make_of_it(backend, dtype, stored):
+    """Exactly: the reference is given the numbers that are left."""
+    if backend == "triton" and stored != torch.int8 and not multiplies_float8():
+        pytest.skip("this device does not have float8")
+    latent, width, contexts = 48, 56, [33, 0, 70]
+    cache, tables, lengths, tokens = make(contexts, 16, width, torch.float32)
+    widths = torch.tensor([latent, width - latent])
+    scales = torch.full((*cache.shape[:2], 2), float("nan"))
+    eight = torch.full(cache.shape, 0.0).to(stored)
+    left = torch.full(cache.shape, float("nan"))
+    for row, context in enumerate(contexts):
+        values, each = compress(tokens[row], latent, stored)
+        for position in range(context):
+            at = tables[row, position // 16].item(), position % 16
+            eight[at], scales[at] = values[position], each[position]
+            left[at] = values[position].float() * each[position].repeat_interleave(widths)
+    query = torch.randn(len(contexts), 3, width, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
+    given = (tables, lengths, latent, width**-0.5)
+    out, log_sums = MLA[backend](query, eight.to(DEVICE), *given, kv_scales=scales.to(DEVICE))
+    wanted, wanted_sums = MLA["reference"](query.float(), left.to(DEVICE), *given)
+    assert out.dtype == dtype
+    tolerance = TOLERANCE[dtype] * 2
+    torch.testing.assert_close(out.float(), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(log_sums, wanted_sums, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(("backend", "dtype"), [case for case in cases(MLA) if "triton" in case.id])
 def test_contexts_split_among_programs(backend, dtype, monkeypatch):
-    module = importlib.import_module("servekit.kernels.mla_decode.triton_backend")
-    monkeypatch.setattr(module, "SHORTEST", 16)
-    assert module.splits_of(1, 128) > 1
+    splitting = importlib.import_module("servekit.kernels.merge_attention.triton_backend")
+    monkeypatch.setattr(splitting, "SHORTEST", 16)
+    assert splitting.splits_of(1, 128) > 1
     check(backend, dtype, SIZES[0], [130, 1, 17], 16)

@@ -223,17 +223,19 @@ def test_what_was_measured_on_a_device_is_used(tmp_path, monkeypatch):
     from servekit.kernels import tuning
 
     config = {"block_m": 32, "block_n": 128, "num_warps": 8, "num_stages": 2}
-    shape = {"tokens": 32, "out": 256, "width": 512}
+    shape = {"tokens": 64, "out": 256, "width": 512}
     tuning.write(tmp_path, "cpu", {"w4a16": [{"shape": shape, "config": config}]})
     monkeypatch.setenv(tuning.VARIABLE, str(tmp_path))
     monkeypatch.setattr(tuning, "device_name", lambda: "cpu")
     tuning._found.cache_clear()
-    tuning.configs_of.cache_clear()
+    tuning.measured_on.cache_clear()
     try:
         safe = tiles_for(20, 256, 512, 128)
-        found = measured_tiles("w4a16", safe, 20, 256, 512)
+        found = measured_tiles("w4a16", safe, tokens=tuning.bucket(20), out=256, width=512)
         assert (found.rows, found.cols, found.num_warps, found.num_stages) == (32, 128, 8, 2)
-        assert measured_tiles("w4a16", safe, 20, 256, 640) == safe
+        assert measured_tiles("w4a16", safe, tokens=tuning.bucket(20), out=256, width=640) == safe
+        with pytest.raises(ConfigError, match=r"w4a16.block_n: got 128.*at most 64"):
+            measured_tiles("w4a16", safe, most_cols=64, **shape)
     finally:
         tuning._found.cache_clear()
-        tuning.configs_of.cache_clear()
+        tuning.measured_on.cache_clear()

@@ -28,6 +28,8 @@ from servekit.server.limits import ServerLimits, flag_of
 KEY_VARIABLE, ADMIN_KEY_VARIABLE = "SERVEKIT_API_KEY", "SERVEKIT_ADMIN_KEY"
 USAGE = 2
 NOT_BACKENDS = (
+    "experts",
+    "flashinfer_adapter",
     "metadata",
     "library",
     "libservekit_cpu",
@@ -37,6 +39,7 @@ NOT_BACKENDS = (
     "alignment",
     "conversion",
     "rule",
+    "shared",
     "tiles",
     "weights",
 )
@@ -521,11 +524,14 @@ def top(url: str, api_key_file: Path | None, interval_s: float, times: int | Non
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder; SERVEKIT_TUNED=FOLDER uses it.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", show_default=True)
-def tune(model: Path, out: Path, dtype: str) -> int:
+@click.option(
+    "--quantization", type=click.Choice(["int8", "fp8", "int4"]), multiple=True, help="Also measure its products."
+)
+def tune(model: Path, out: Path, dtype: str, quantization: tuple[str, ...]) -> int:
     """Measure how the kernels for MODEL are best launched on the GPU here, and write it to a file of the device."""
     from servekit.execution.tuning import tune_model
 
-    for line in tune_model(model, out, dtype):
+    for line in tune_model(model, out, dtype, quantization):
         click.echo(line)
     return 0
 

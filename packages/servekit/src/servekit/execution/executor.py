@@ -154,13 +154,10 @@ class InProcessExecutor:
         kernels, wanted = kernels_of(platform), self._config.quantization
         if wanted is None:
             return kernels
-        device = self.platform.devices[0]
         if wanted == "fp8" and self.platform.name in GPU and "float8_e4m3fn" not in self.platform.dtypes:
-            limit = f"int8 or int4 here: {device.name} does not compute with float8"
+            limit = f"int8 or int4 here: {self.platform.devices[0].name} does not compute with float8"
             raise ConfigError("quantization", wanted, limit, flag="--quantization")
-        is_fnuz = device.capability.startswith("gfx94")  # MI300 multiplies another form of float8
-        float8 = torch.float8_e4m3fnuz if is_fnuz else torch.float8_e4m3fn
-        return rounded_kernels(kernels, wanted, platform, float8)
+        return rounded_kernels(kernels, wanted, platform, float8_of(self.platform))
 
     def _recorder(self) -> Recorder | None:
         """Records steps where the platform can, and where attention reads block tables, which stay in their place."""
@@ -353,6 +350,12 @@ def platform_of(device: str) -> Platform:
     kind = torch.device(device).type
     names = {"cuda": "rocm" if torch.version.hip else "cuda"}
     return detect(names.get(kind, kind))
+
+
+def float8_of(platform: Platform) -> torch.dtype:
+    """The form of float8 that a platform multiplies: MI300 has another one."""
+    is_fnuz = platform.devices[0].capability.startswith("gfx94")
+    return torch.float8_e4m3fnuz if is_fnuz else torch.float8_e4m3fn
 
 
 def _eos(folder: ModelFolder, vocab_size: int) -> list[int]:

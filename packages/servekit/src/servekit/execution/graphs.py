@@ -266,4 +266,4 @@ class GraphedForward:
             given = paged_metadata(rows.tables, rows.starts, rows.counts, self._block_size, rows.window, self._device)
             metadata.write_places.zero_()
             metadata.write_places[: len(given.write_places)].copy_(given.write_places, non_blocking=True)
-            metadata.paged = given.paged
+            metadata.paged, metadata.rows = given.paged, given.rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pkgutil
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from common_platform.kernels import runs_triton
 from common_platform.platforms import Platform
+from servekit.kernels.tuning import library_of
 
 TRITON = "triton_backend"
 GPU = ("cuda", "rocm", "xpu")  # platforms whose kernels are Triton's
@@ -35,6 +37,14 @@ def backend_of(operation: str, platform: str) -> str:
     return next(name for name in BACKENDS[operation] if name != TRITON or platform in GPU)
 
 
+def libraries_of(operation: str, platform: str) -> dict[str, str]:
+    """Kernels of ``operation`` for which a library is installed that was measured to be the faster on this device."""
+    if platform != "cuda" or operation != "paged_attention":
+        return {}
+    measured = {kind: library_of(f"{operation}_{kind}") for kind in ("decode", "prefill")}
+    return {kind: name for kind, name in measured.items() if name and importlib.util.find_spec(name)}
+
+
 def function_of(operation: str, function: str, platform: str) -> Any:
     """``function`` of the module that ``backend_of`` names, which is imported now and not before."""
     return pkgutil.resolve_name(f"servekit.kernels.{operation}.{backend_of(operation, platform)}:{function}")
@@ -47,5 +57,7 @@ def chosen(platform: Platform) -> dict[str, tuple[str, str]]:
     for operation, backends in sorted(BACKENDS.items()):
         backend = backend_of(operation, platform.name)
         reason = f"{backends[0]} is for {', '.join(GPU)}" if backend != backends[0] else ""
-        found[operation] = (backend, missing or reason if backend == TRITON else reason)
+        reason = missing or reason if backend == TRITON else reason
+        faster = [f"{kind} by {name}, as measured" for kind, name in libraries_of(operation, platform.name).items()]
+        found[operation] = (backend, reason or "; ".join(faster))
     return found

@@ -13,9 +13,10 @@ from servekit.kernels import logits as logit_edits
 from servekit.kernels import paged_attention as attention
 from servekit.kernels import rms_norm as norm
 from servekit.kernels import silu_and_mul as gate
-from servekit.kernels.choice import TRITON, backend_of, function_of
+from servekit.kernels.choice import TRITON, backend_of, function_of, libraries_of
 from servekit.kernels.linear import deterministic as deterministic_linears
 from servekit.kernels.paged_attention import deterministic as deterministic_attention
+from servekit.kernels.paged_attention.flashinfer_adapter import FlashInferAttention
 from servekit.kernels.paged_attention.metadata import build_metadata, paged_metadata
 from servekit.kernels.rms_norm import deterministic as deterministic_norm
 from servekit.kernels.silu_and_mul import deterministic as deterministic_gate
@@ -81,8 +82,12 @@ def kernels_of(platform: str) -> Kernels:
     """Those that ``servekit.kernels.choice`` has for a platform (``Platform.name``)."""
     if backend_of("paged_attention", platform) != TRITON:
         return Kernels()
+    attention = function_of("paged_attention", "paged_attention", platform)
+    faster = libraries_of("paged_attention", platform)
+    if faster:
+        attention = FlashInferAttention(attention, faster)
     return Kernels(
-        paged_attention=function_of("paged_attention", "paged_attention", platform),
+        paged_attention=attention,
         rms_norm=function_of("rms_norm", "rms_norm", platform),
         add_rms_norm=function_of("rms_norm", "add_rms_norm", platform),
         silu_and_mul=function_of("silu_and_mul", "silu_and_mul", platform),

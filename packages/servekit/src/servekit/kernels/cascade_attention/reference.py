@@ -16,6 +16,9 @@ def cascade_attention(
     prefix: int,
     scale: float,
     soft_cap: float = 0.0,
+    *,
+    window: int = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One new token a row attends to the prefix that all rows share, then to its own tokens; both are merged.
 
@@ -28,6 +31,8 @@ def cascade_attention(
         prefix: the first tokens, which lie in the same blocks for all rows (row 0's are read); any number, 0 too.
         scale: of the scores.
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0: they do not.
+        window: tokens that a row sees, the new one included; 0 for all.
+        sinks: ``[heads]``, a score of each head that has no value; or None.
 
     Returns:
         ``[rows, heads, head_dim]`` in the dtype of ``query``.
@@ -40,13 +45,14 @@ def cascade_attention(
     log_sums = torch.full((2, rows, heads), float("-inf"), dtype=torch.float32, device=query.device)
     for row, context in enumerate(contexts.tolist()):
         for part, (source, first, last) in enumerate(((0, 0, prefix), (row, prefix, context))):
+            first = max(first, context - window) if window else first
             if last > first:
                 places = torch.arange(first, last, device=query.device)
                 blocks = tables[source, places // block_size].long()
                 keys, values = (half[blocks, places % block_size].float() for half in cache)
                 found = _attend(query[row].float(), keys, values, scale, soft_cap)
                 parts[part, row], log_sums[part, row] = found
-    return merge_attention(parts, log_sums, query.dtype)
+    return merge_attention(parts, log_sums, query.dtype, sinks=sinks)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, soft_cap: float) -> tuple[Tensor, Tensor]:

@@ -12,14 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from common_platform.kernels import Specialization, Work
-from servekit.kernels.merge_attention.triton_backend import merge_attention
+from servekit.kernels.merge_attention.triton_backend import (
+    AMD_STAGES,
+    NUM_STAGES,
+    NUM_WARPS,
+    log_sum_of,
+    merge_attention,
+    num_stages,
+    soften,
+    splits_of,
+)
 
 KEYS = 64  # of a step
-PROGRAMS = 264  # to have at least: two for each multiprocessor of an H100
-MOST_SPLITS = 16
-SHORTEST = 256  # keys of a split at the least
-NUM_WARPS = 4
-NUM_STAGES = 2
 
 
 @triton.jit
@@ -40,8 +44,10 @@ def _part(
     first_part,
     scale,
     soft_cap,
+    window,
     SHARED: tl.constexpr,  # the prefix, for all rows at once; else the rest, row by row
     CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
     GROUP: tl.constexpr,  # heads of a KV head
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -59,11 +65,17 @@ def _part(
         is_query = row < rows
         table = tables_ptr
         start, end = 0, prefix
+        if WINDOWED:  # where the row begins to see
+            seen_from = tl.load(contexts_ptr + row, mask=is_query, other=2147483647) - window
+            start = tl.maximum(tl.min(seen_from, axis=0), 0)
     else:
         row = lane * 0 + tl.program_id(0)
         is_query = lane < GROUP
         table = tables_ptr + tl.program_id(0).to(tl.int64) * max_blocks
         start, end = prefix, tl.load(contexts_ptr + tl.program_id(0))
+        if WINDOWED:
+            seen_from = lane * 0 + end - window
+            start = tl.maximum(start, end - window)
     head = row.to(tl.int64) * heads + kv_head * GROUP + lane % GROUP
     real = is_query[:, None] & inside[None, :]
     query = tl.load(query_ptr + head[:, None] * WIDTH + columns[None, :], mask=real, other=0.0)
@@ -82,24 +94,21 @@ def _part(
         scores = tl.dot(query, keys.to(query.dtype), input_precision="ieee") * scale
         if CAPPED:
             scores = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * scores / soft_cap) + 1.0))
-        scores = tl.where(is_key[None, :], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, axis=1))
-        rescale = tl.exp(highest - higher)
-        powers = tl.exp(scores - higher[:, None])
-        total = total * rescale + tl.sum(powers, axis=1)
+        is_seen = is_key[None, :]
+        if WINDOWED:
+            is_seen = is_seen & (position[None, :] >= seen_from[:, None])
+        scores = tl.where(is_seen, scores, float("-inf"))
+        powers, rescale, highest, total = soften(scores, highest, total)
         values = tl.load(
             values_ptr + place[:, None] + columns[None, :], mask=is_key[:, None] & inside[None, :], other=0.0
         )
         result = result * rescale[:, None] + tl.dot(
             powers.to(query.dtype), values.to(query.dtype), input_precision="ieee"
         )
-        highest = higher
-    has_keys = total > 0
-    result = result / tl.where(has_keys, total, 1.0)[:, None]
+    result = result / tl.where(total > 0, total, 1.0)[:, None]
     place = (first_part + split).to(tl.int64) * rows * heads + head
     tl.store(parts_ptr + place[:, None] * WIDTH + columns[None, :], result, mask=real)
-    log_sum = tl.where(has_keys, highest + tl.log(tl.where(has_keys, total, 1.0)), float("-inf"))
-    tl.store(log_sums_ptr + place, log_sum, mask=is_query)
+    tl.store(log_sums_ptr + place, log_sum_of(highest, total), mask=is_query)
 
 
 def cascade_attention(
@@ -110,6 +119,9 @@ def cascade_attention(
     prefix: int,
     scale: float,
     soft_cap: float = 0.0,
+    *,
+    window: int = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """As ``reference.cascade_attention``."""
     query = query.contiguous()
@@ -143,15 +155,16 @@ def cascade_attention(
             first_part,
             scale,
             soft_cap,
-            **_constants(group, queries, width, grid[2], is_shared=is_shared, capped=soft_cap > 0),
+            window,
+            **_constants(group, queries, width, grid[2], is_shared=is_shared, capped=soft_cap > 0, windowed=window > 0),
             num_warps=NUM_WARPS,
-            num_stages=_stages(),
+            num_stages=num_stages(),
         )
 
     if shared:
         launch((tall, kv_heads, shared), 0, together, is_shared=True)
     launch((rows, kv_heads, own), shared, max(16, triton.next_power_of_2(group)), is_shared=False)
-    return merge_attention(parts, log_sums, query.dtype)
+    return merge_attention(parts, log_sums, query.dtype, sinks=sinks)
 
 
 def queries_of(count: int) -> int:
@@ -159,25 +172,13 @@ def queries_of(count: int) -> int:
     return max(16, min(64, triton.next_power_of_2(count)))
 
 
-def _stages() -> int:
-    """AMD's registers hold one step's keys, not two."""
-    return 1 if torch.version.hip else NUM_STAGES
-
-
-def splits_of(programs: int, longest: int) -> int:
-    """Parts of some keys: enough for every multiprocessor, none too short; by sizes that the host knows."""
-    splits = 1
-    while splits < MOST_SPLITS and programs * splits < PROGRAMS and longest >= splits * 2 * SHORTEST:
-        splits *= 2
-    return splits
-
-
 def _constants(
-    group: int, queries: int, width: int, splits: int, *, is_shared: bool, capped: bool
+    group: int, queries: int, width: int, splits: int, *, is_shared: bool, capped: bool, windowed: bool
 ) -> dict[str, int | bool]:
     return {
         "SHARED": is_shared,
         "CAPPED": capped,
+        "WINDOWED": windowed,
         "GROUP": group,
         "QUERIES": queries,
         "KEYS": KEYS,
@@ -187,10 +188,12 @@ def _constants(
     }
 
 
-def _specialization(name: str, queries: int, *, is_shared: bool, capped: bool = False) -> Specialization:
+def _specialization(
+    name: str, queries: int, *, is_shared: bool, capped: bool = False, windowed: bool = False
+) -> Specialization:
     pointers = ("query_ptr", "keys_ptr", "values_ptr")
     sizes = {"rows": "i32", "heads": "i32:16", "kv_heads": "i32", "block_size": "i32:16", "max_blocks": "i32"}
-    scalars = {"prefix": "i32", "first_part": "i32", "scale": "fp32", "soft_cap": "fp32"}
+    scalars = {"prefix": "i32", "first_part": "i32", "scale": "fp32", "soft_cap": "fp32", "window": "i32"}
     return Specialization(
         kernel=_part,
         name=f"bf16, head_dim 128, {name}",
@@ -198,10 +201,10 @@ def _specialization(name: str, queries: int, *, is_shared: bool, capped: bool = 
         | {"tables_ptr": "*i32", "contexts_ptr": "*i32", "parts_ptr": "*fp32", "log_sums_ptr": "*fp32"}
         | sizes
         | scalars,
-        constants=_constants(4, queries, 128, 4, is_shared=is_shared, capped=capped),
+        constants=_constants(4, queries, 128, 4, is_shared=is_shared, capped=capped, windowed=windowed),
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
-        amd_stages=1,
+        amd_stages=AMD_STAGES,
     )
 
 
@@ -209,6 +212,8 @@ SPECIALIZATIONS = (
     _specialization("prefix of all rows", 64, is_shared=True),
     _specialization("each row's own", 16, is_shared=False),
     _specialization("prefix of all rows, soft cap", 64, is_shared=True, capped=True),
+    _specialization("prefix of all rows, window", 64, is_shared=True, windowed=True),
+    _specialization("each row's own, window", 16, is_shared=False, windowed=True),
 )
 
 

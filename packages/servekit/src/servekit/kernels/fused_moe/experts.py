@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,10 +38,14 @@ class DenseExperts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChannelExperts:
-    """``values``: ``[experts, out, in]`` int8; ``scales``: ``[experts, out]`` float32."""
+    """``values``: ``[experts, out, in]`` int8; ``scales``: ``[experts, out]`` float32.
+
+    ``rounds_inputs``: activations become int8 as well, with a scale for each row; else they stay as they are.
+    """
 
     values: Tensor
     scales: Tensor
+    rounds_inputs: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -109,12 +113,13 @@ def quantize_experts(values: Tensor, kind: str, *, group: int = 128, parts: int 
     """Round ``[experts, out, in]``, expert by expert.
 
     Args:
-        kind: "dense" (as they are), "int8", "fp8" (blocks of 128 x 128) or "int4".
+        kind: "dense" (as they are), "int8", "w8a8" (int8 as activations are), "fp8" (blocks of 128 x 128) or "int4".
         group: columns of an int4 group.
         parts: 2 for a gate and an up matrix, one below the other.
     """
-    if kind == "int8":
-        return stack_channels([quantize_channels(one, torch.int8) for one in values])
+    if kind in ("int8", "w8a8"):
+        weights = stack_channels([quantize_channels(one, torch.int8) for one in values])
+        return replace(weights, rounds_inputs=kind == "w8a8")
     if kind == "fp8":
         return stack_blocks([[quantize_blocks(part) for part in one.chunk(parts)] for one in values])
     if kind == "int4":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from servekit.kernels.fused_moe.experts import BlockExperts, ExpertWeights
+from servekit.kernels.fused_moe.experts import BlockExperts, ChannelExperts, ExpertWeights
 from servekit.kernels.quantize.reference import quantize
 from servekit.kernels.quantized_linear.weights import BLOCK
 
@@ -31,7 +31,7 @@ def fused_moe(
 
     Returns:
         ``[tokens, hidden]`` in the dtype of ``x``; products and sums are float32. Between the two products values are
-        rounded to the dtype of ``x``, and with float8 experts quantized in groups of 128.
+        rounded to the dtype of ``x``, and for the experts that ask for it (``rounded_inputs``) to eight bits.
 
     Source: Shazeer et al., "Outrageously large neural networks", ICLR 2017; Shazeer 2020 (SwiGLU).
     """
@@ -46,8 +46,16 @@ def fused_moe(
 
 def product(x: Tensor, weights: ExpertWeights, expert: int) -> Tensor:
     """``[rows, in]`` -> ``[rows, out]`` float32, by one expert."""
-    values = x.float()
+    return rounded_inputs(x, weights).float() @ weights.weight_of(expert).float().t()
+
+
+def rounded_inputs(x: Tensor, weights: ExpertWeights) -> Tensor:
+    """What is left of ``x`` where ``weights`` ask for activations of eight bits: float32, else ``x`` itself."""
     if isinstance(weights, BlockExperts):
-        rounded, scales = quantize(x, weights.values.dtype, BLOCK)
-        values = rounded.float() * scales.repeat_interleave(BLOCK, dim=1)[:, : x.shape[1]]
-    return values @ weights.weight_of(expert).float().t()
+        group = BLOCK
+    elif isinstance(weights, ChannelExperts) and weights.rounds_inputs:
+        group = x.shape[1]
+    else:
+        return x
+    values, scales = quantize(x, weights.values.dtype, group)
+    return values.float() * scales.repeat_interleave(group, dim=1)[:, : x.shape[1]]

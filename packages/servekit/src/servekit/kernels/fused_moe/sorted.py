@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from servekit.kernels.fused_moe.experts import BlockExperts, ChannelExperts, ExpertWeights
-from servekit.kernels.quantize.reference import quantize
-from servekit.kernels.quantized_linear.weights import BLOCK
+from servekit.kernels.fused_moe.experts import ChannelExperts, ExpertWeights
+from servekit.kernels.fused_moe.reference import rounded_inputs
 
 
 def fused_moe(
@@ -26,7 +25,7 @@ def fused_moe(
     flat = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)  # another rank's come last
     ends = torch.bincount(flat, minlength=num_experts + 1).cumsum(0).tolist()
     pairs = flat.argsort(stable=True)[: ends[num_experts - 1]]
-    rows = _quantized_as(x, gate_up)[pairs // top_k]
+    rows = rounded_inputs(x, gate_up).to(x.dtype)[pairs // top_k]
     results = torch.empty(len(pairs), x.shape[1], dtype=x.dtype, device=x.device)
     first = 0
     for expert, last in enumerate(ends[:num_experts]):
@@ -42,7 +41,7 @@ def _swiglu(rows: Tensor, gate_up: ExpertWeights, down: ExpertWeights, expert: i
     both = rows.new_empty(len(rows), gate_up.shape[1])
     _product(rows, gate_up, expert, both)
     gate, up = both.chunk(2, dim=-1)
-    _product(_quantized_as(silu(gate).mul_(up), down), down, expert, out)
+    _product(rounded_inputs(silu(gate).mul_(up), down).to(rows.dtype), down, expert, out)
 
 
 def _product(rows: Tensor, weights: ExpertWeights, expert: int, out: Tensor) -> None:
@@ -52,11 +51,3 @@ def _product(rows: Tensor, weights: ExpertWeights, expert: int, out: Tensor) -> 
         out.mul_(weights.scales[expert])
     else:
         torch.mm(rows, weights.weight_of(expert).to(rows.dtype).t(), out=out)
-
-
-def _quantized_as(x: Tensor, weights: ExpertWeights) -> Tensor:
-    """What is left of ``x`` where the kernels multiply in float8."""
-    if not isinstance(weights, BlockExperts):
-        return x
-    values, scales = quantize(x, weights.values.dtype, BLOCK)
-    return (values.float() * scales.repeat_interleave(BLOCK, dim=1)[:, : x.shape[1]]).to(x.dtype)

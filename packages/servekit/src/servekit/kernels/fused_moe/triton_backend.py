@@ -6,7 +6,6 @@ sum over a token's experts has one order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,47 +18,39 @@ from servekit.kernels.fused_moe.experts import BlockExperts, ChannelExperts, Den
 from servekit.kernels.moe_align.alignment import Alignment
 from servekit.kernels.moe_align.triton_backend import align
 from servekit.kernels.quantize.triton_backend import quantize
+from servekit.kernels.quantized_linear.tiles import Tiles, measured_tiles
+from servekit.kernels.quantized_linear.triton_backend import span_of, span_product, tile_of
 from servekit.kernels.quantized_linear.weights import BLOCK, HALF, MIDDLE
-from servekit.kernels.tuning import Tuned, stages, tuned
+from servekit.kernels.tuning import bucket, stages
 
-DENSE, CHANNELS, BLOCKS, INT4 = range(4)  # what the weights are
-_NAMES = {DENSE: "bf16", CHANNELS: "int8", BLOCKS: "fp8 blocks", INT4: "int4"}
+DENSE, CHANNELS, BLOCKS, INT4, EIGHT = range(5)  # what the weights are; EIGHT: int8, as the activations
+_NAMES = {DENSE: "bf16", CHANNELS: "int8", BLOCKS: "fp8 blocks", INT4: "int4", EIGHT: "int8 by int8"}
+_KINDS = {DENSE: "dense", CHANNELS: "int8", BLOCKS: "fp8", INT4: "int4", EIGHT: "w8a8"}  # of ``quantize_experts``
 TOGETHER = 8  # row tiles that run side by side
 SUMS = 1024  # columns of a program that adds
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoeTiles:
-    """One program computes ``rows`` x ``cols`` of one expert, ``inner`` columns of the input at a time."""
-
-    rows: int
-    cols: int
-    inner: int
-    num_warps: int = 4
-    num_stages: int = 3
-
-
-def moe_tiles(num_pairs: int, num_experts: int, kind: int, *, gated: bool) -> MoeTiles:
+def moe_tiles(num_pairs: int, num_experts: int, kind: int, *, gated: bool) -> Tiles:
     """Safe tiles for any device: as high as an expert has rows on the average.
 
     Args:
         kind: of the weights; what becomes wider in registers gets smaller tiles.
         gated: two matrices at once, so half as many columns.
     """
-    inner = {DENSE: 64, CHANNELS: 64, BLOCKS: BLOCK, INT4: 2 * HALF}[kind]
+    inner = {DENSE: 64, CHANNELS: 64, BLOCKS: BLOCK, INT4: 2 * HALF, EIGHT: 128}[kind]
     average = num_pairs / num_experts
     rows = 16 if average <= 16 else 32 if average <= 32 else 64
     if average > 64 and kind != INT4:
         rows = 128
     narrow = kind == INT4 and gated
     if rows <= 32:
-        return MoeTiles(rows=rows, cols=32 if narrow else 64, inner=inner)
+        return Tiles(rows=rows, cols=32 if narrow else 64, inner=inner)
     cols = 32 if narrow else 64 if gated or kind == INT4 else 128
-    return MoeTiles(rows=rows, cols=cols, inner=inner, num_warps=4 if narrow else 8)
+    return Tiles(rows=rows, cols=cols, inner=inner, num_warps=4 if narrow else 8)
 
 
 @triton.jit
-def _eight_or_more(
+def _step(
     total,
     x,
     x_scale,
@@ -75,60 +66,15 @@ def _eight_or_more(
     FORMAT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``total`` and the product of ``x`` with ``inner`` columns of the weight's rows ``cols``."""
+    """``total`` and the product of ``x`` with ``inner`` columns of the weight's rows ``cols``; 8 bits or more."""
     real = (cols < out)[None, :] & (inner < width)[:, None]
     weight = tl.load(weight_ptr + cols.to(tl.int64)[None, :] * width + inner[:, None], mask=real, other=0.0)
     if FORMAT == 2:
         scale = tl.load(scales_ptr + (first_col // BLOCK) * blocks + block)
         return total + tl.dot(x, weight) * (x_scale * scale)[:, None]
+    if FORMAT == 4:
+        return tl.dot(x, weight, acc=total, out_dtype=tl.int32)
     return tl.dot(x, weight.to(x.dtype), acc=total, input_precision="ieee")
-
-
-@triton.jit
-def _four(
-    total,
-    x_low,
-    x_high,
-    packed_ptr,
-    scales_ptr,
-    zeros_ptr,
-    cols,
-    span,
-    out,
-    all_out,
-    width,
-    group,
-    HALF: tl.constexpr,
-    MIDDLE: tl.constexpr,
-    FEW_GROUPS: tl.constexpr,
-):
-    """``total`` and the product of both halves of a span with the int4 columns ``cols``."""
-    byte = span * HALF + tl.arange(0, HALF)
-    packed = tl.load(
-        packed_ptr + byte.to(tl.int64)[:, None] * all_out + cols[None, :], mask=(cols < out)[None, :], other=0
-    )
-    for part in tl.static_range(2):
-        x = x_high if part else x_low
-        inner = span * 2 * HALF + part * HALF + tl.arange(0, HALF)
-        values = ((packed >> (4 * part)) & 15).to(tl.int32)
-        if FEW_GROUPS:
-            first = span * 2 * HALF + part * HALF
-            place = (first // group).to(tl.int64) * all_out + cols
-            real = (cols < out) & (first < width)
-            scales = tl.load(scales_ptr + place, mask=real, other=0.0).to(tl.float32)
-            zeros = MIDDLE
-            if zeros_ptr is not None:
-                zeros = tl.load(zeros_ptr + place, mask=real, other=0).to(tl.int32)[None, :]
-            total += tl.dot(x, (values - zeros).to(x.dtype), input_precision="ieee") * scales[None, :]
-        else:
-            place = (inner // group).to(tl.int64)[:, None] * all_out + cols[None, :]
-            real = (inner < width)[:, None] & (cols < out)[None, :]
-            scales = tl.load(scales_ptr + place, mask=real, other=0.0).to(tl.float32)
-            zeros = MIDDLE
-            if zeros_ptr is not None:
-                zeros = tl.load(zeros_ptr + place, mask=real, other=0).to(tl.int32)
-            total = tl.dot(x, ((values - zeros).to(tl.float32) * scales).to(x.dtype), acc=total, input_precision="ieee")
-    return total
 
 
 @triton.jit
@@ -147,7 +93,7 @@ def _experts(
     out,  # columns of the result
     width,
     group,
-    FORMAT: tl.constexpr,  # 0 as x, 1 int8, 2 float8 blocks, 3 int4
+    FORMAT: tl.constexpr,  # 0 as x, 1 int8, 2 float8 blocks, 3 int4, 4 int8 as x
     GATED: tl.constexpr,  # the weight is a gate above an up matrix; the result silu(gate) * up
     SLOTS: tl.constexpr,  # pairs that share a row of x
     FEW_GROUPS: tl.constexpr,
@@ -159,13 +105,8 @@ def _experts(
     MIDDLE: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    wide = tl.cdiv(out, COLS)
-    band = program // (TOGETHER * wide)
-    height = tl.minimum(num_tiles - band * TOGETHER, TOGETHER)
-    within = program % (TOGETHER * wide)
-    tile = band * TOGETHER + within % height
-    first_col = (within // height) * COLS
+    tile, col = tile_of(num_tiles, tl.cdiv(out, COLS), TOGETHER)
+    first_col = col * COLS
     if tile * ROWS >= tl.load(num_rows_ptr):
         return
     expert = tl.load(tile_experts_ptr + tile).to(tl.int64)
@@ -175,8 +116,9 @@ def _experts(
     cols = first_col + tl.arange(0, COLS)
     PARTS: tl.constexpr = 2 if GATED else 1
     all_out = out * PARTS
-    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    above = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    SUM: tl.constexpr = tl.int32 if FORMAT == 4 else tl.float32
+    total = tl.zeros((ROWS, COLS), dtype=SUM)
+    above = tl.zeros((ROWS, COLS), dtype=SUM)
     if FORMAT == 3:
         spans, groups = tl.cdiv(width, 2 * HALF), tl.cdiv(width, group)
         packed = weight_ptr + expert * spans * HALF * all_out
@@ -184,13 +126,12 @@ def _experts(
         zeros = zeros_ptr
         if zeros_ptr is not None:
             zeros += expert * groups * all_out
+        up_zeros = zeros
+        if zeros_ptr is not None:
+            up_zeros += out
         for span in range(spans):
-            low = span * 2 * HALF + tl.arange(0, HALF)
-            high = low + HALF
-            x_rows = x_ptr + rows[:, None] * width
-            x_low = tl.load(x_rows + low[None, :], mask=real_rows[:, None] & (low < width)[None, :], other=0.0)
-            x_high = tl.load(x_rows + high[None, :], mask=real_rows[:, None] & (high < width)[None, :], other=0.0)
-            total = _four(
+            x_low, x_high = span_of(x_ptr + rows[:, None] * width, real_rows, span, width, HALF)
+            total = span_product(
                 total,
                 x_low,
                 x_high,
@@ -208,42 +149,23 @@ def _experts(
                 FEW_GROUPS,
             )
             if GATED:
-                if zeros_ptr is not None:
-                    above = _four(
-                        above,
-                        x_low,
-                        x_high,
-                        packed + out,
-                        scales + out,
-                        zeros + out,
-                        cols,
-                        span,
-                        out,
-                        all_out,
-                        width,
-                        group,
-                        HALF,
-                        MIDDLE,
-                        FEW_GROUPS,
-                    )
-                else:
-                    above = _four(
-                        above,
-                        x_low,
-                        x_high,
-                        packed + out,
-                        scales + out,
-                        None,
-                        cols,
-                        span,
-                        out,
-                        all_out,
-                        width,
-                        group,
-                        HALF,
-                        MIDDLE,
-                        FEW_GROUPS,
-                    )
+                above = span_product(
+                    above,
+                    x_low,
+                    x_high,
+                    packed + out,
+                    scales + out,
+                    up_zeros,
+                    cols,
+                    span,
+                    out,
+                    all_out,
+                    width,
+                    group,
+                    HALF,
+                    MIDDLE,
+                    FEW_GROUPS,
+                )
     else:
         weight = weight_ptr + expert * all_out * width
         blocks, tall = tl.cdiv(width, BLOCK), tl.cdiv(out, BLOCK)
@@ -257,14 +179,14 @@ def _experts(
             x_scale = 0.0
             if FORMAT == 2:
                 x_scale = tl.load(x_scales_ptr + rows * blocks + step, mask=real_rows, other=0.0)
-            total = _eight_or_more(
+            total = _step(
                 total, x, x_scale, weight, scales, cols, inner, first_col, step, blocks, out, width, FORMAT, BLOCK
             )
             if GATED:
                 up_scales = scales
                 if FORMAT == 2:
                     up_scales += tall * blocks
-                above = _eight_or_more(
+                above = _step(
                     above,
                     x,
                     x_scale,
@@ -280,15 +202,21 @@ def _experts(
                     FORMAT,
                     BLOCK,
                 )
-        if FORMAT == 1:
-            total *= tl.load(scales_ptr + expert * all_out + cols, mask=cols < out, other=0.0)[None, :]
-            if GATED:
-                above *= tl.load(scales_ptr + expert * all_out + out + cols, mask=cols < out, other=0.0)[None, :]
+    result, up = total.to(tl.float32), above.to(tl.float32)
+    if FORMAT == 1 or FORMAT == 4:
+        channel_ptr = scales_ptr + expert * all_out + cols
+        result *= tl.load(channel_ptr, mask=cols < out, other=0.0)[None, :]
+        if GATED:
+            up *= tl.load(channel_ptr + out, mask=cols < out, other=0.0)[None, :]
+    if FORMAT == 4:
+        row_scales = tl.load(x_scales_ptr + rows, mask=real_rows, other=0.0)[:, None]
+        result *= row_scales
+        up *= row_scales
     if GATED:
-        total = total / (1.0 + tl.exp(-total)) * above
+        result = result / (1.0 + tl.exp(-result)) * up
     real = real_rows[:, None] & (cols < out)[None, :]
     places = result_ptr + pairs.to(tl.int64)[:, None] * out + cols[None, :]
-    tl.store(places, total.to(result_ptr.dtype.element_ty), mask=real)
+    tl.store(places, result.to(result_ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -357,7 +285,7 @@ def combine(
 
 
 def _grouped(
-    x: Tensor, weights: ExpertWeights, rows: Alignment, cut: MoeTiles, slots: int, out: int, *, gated: bool
+    x: Tensor, weights: ExpertWeights, rows: Alignment, cut: Tiles, slots: int, out: int, *, gated: bool
 ) -> Tensor:
     """``[num_pairs, out]``: each pair's row of ``x`` by its expert; ``slots`` pairs share a row."""
     num_pairs = len(x) * slots
@@ -365,6 +293,8 @@ def _grouped(
     values, x_scales = x, None
     if isinstance(weights, BlockExperts):
         values, x_scales = quantize(x, weights.values.dtype, BLOCK)
+    elif _kind(weights) == EIGHT:
+        values, x_scales = quantize(x, torch.int8, x.shape[1])
     data, scales, zeros, group = _parts(weights)
     width = weights.shape[2]
     _experts[(len(rows.experts) * triton.cdiv(out, cut.cols),)](
@@ -390,26 +320,30 @@ def _grouped(
     return result
 
 
-def _tiles(weights: ExpertWeights, num_pairs: int, *, gated: bool) -> MoeTiles:
+def _tiles(weights: ExpertWeights, num_pairs: int, *, gated: bool) -> Tiles:
     """What ``servekit tune`` measured for these experts and about as many pairs, else safe ones."""
     kind, (num_experts, out, width) = _kind(weights), weights.shape
-    safe = moe_tiles(num_pairs, num_experts, kind, gated=gated)
-    found = tuned(
-        f"experts_{_NAMES[kind].replace(' ', '_')}",
-        Tuned(safe.cols, safe.num_warps, safe.num_stages, safe.rows),
-        pairs=1 << (num_pairs - 1).bit_length(),
+    return measured_tiles(
+        tuned_name(_KINDS[kind]),
+        moe_tiles(num_pairs, num_experts, kind, gated=gated),
+        most_cols=BLOCK if kind == BLOCKS else 256,
+        pairs=bucket(num_pairs),
         experts=num_experts,
         out=out,
         width=width,
     )
-    return replace(safe, rows=found.block_m, cols=found.block_n, num_warps=found.num_warps, num_stages=found.num_stages)
+
+
+def tuned_name(kind: str) -> str:
+    """What ``servekit tune`` calls experts of a ``kind`` of ``quantize_experts``."""
+    return f"experts_{kind}"
 
 
 def _kind(weights: ExpertWeights) -> int:
     if isinstance(weights, DenseExperts):
         return DENSE
     if isinstance(weights, ChannelExperts):
-        return CHANNELS
+        return EIGHT if weights.rounds_inputs else CHANNELS
     return BLOCKS if isinstance(weights, BlockExperts) else INT4
 
 
@@ -422,7 +356,7 @@ def _parts(weights: ExpertWeights) -> tuple[Tensor, Tensor | None, Tensor | None
     return weights.packed, weights.scales, weights.zeros, weights.group
 
 
-def _constants(kind: int, cut: MoeTiles, few_groups: bool, *, gated: bool) -> dict[str, Any]:
+def _constants(kind: int, cut: Tiles, few_groups: bool, *, gated: bool) -> dict[str, Any]:
     return {
         "FORMAT": kind,
         "GATED": gated,
@@ -439,15 +373,15 @@ def _constants(kind: int, cut: MoeTiles, few_groups: bool, *, gated: bool) -> di
 
 def _specialization(kind: int, average: int, *, gated: bool) -> Specialization:
     cut = moe_tiles(average * 128, 128, kind, gated=gated)
-    x = "*fp8e4nv" if kind == BLOCKS else "*bf16"
-    weight = {DENSE: "*bf16", CHANNELS: "*i8", BLOCKS: "*fp8e4nv", INT4: "*u8"}[kind]
+    x = {BLOCKS: "*fp8e4nv", EIGHT: "*i8"}.get(kind, "*bf16")
+    weight = {DENSE: "*bf16", CHANNELS: "*i8", BLOCKS: "*fp8e4nv", INT4: "*u8", EIGHT: "*i8"}[kind]
     pointers = {"x_ptr": x, "weight_ptr": weight, "pairs_ptr": "*i32", "tile_experts_ptr": "*i32"}
     pointers |= {"num_rows_ptr": "*i32", "result_ptr": "*bf16"}
     absent = ["x_scales_ptr", "scales_ptr", "zeros_ptr"]
     if kind != DENSE:
         pointers["scales_ptr"] = "*bf16" if kind == INT4 else "*fp32"
         absent.remove("scales_ptr")
-    if kind == BLOCKS:
+    if kind in (BLOCKS, EIGHT):
         pointers["x_scales_ptr"] = "*fp32"
         absent.remove("x_scales_ptr")
     sizes = {"num_pairs": "i32", "num_tiles": "i32", "out": "i32:16", "width": "i32:16", "group": "i32"}

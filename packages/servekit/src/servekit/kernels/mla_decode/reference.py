@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from servekit.kernels.quantize.reference import quantize
+
 
 def mla_decode(
-    query: Tensor, cache: Tensor, tables: Tensor, contexts: Tensor, latent: int, scale: float
+    query: Tensor,
+    cache: Tensor,
+    tables: Tensor,
+    contexts: Tensor,
+    latent: int,
+    scale: float,
+    *,
+    kv_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention in the latent space: all heads read one compressed key, whose first part is the value too.
 
@@ -18,6 +27,8 @@ def mla_decode(
         contexts: ``[rows]`` int32, tokens of each row, the new one included.
         latent: columns of the latent (``kv_lora_rank``).
         scale: of the scores: ``(nope + rope) ** -0.5`` of the uncompressed head, and YaRN's factor where there is one.
+        kv_scales: ``[num_blocks, block_size, 2]`` float32, of a cache of 8-bit numbers: what a token's latent and its
+            rotated key are multiplied by (``compress``); None where the cache has the numbers themselves.
 
     Returns:
         ``[rows, heads, latent]`` in the dtype of ``query``, for ``project``; and ``[rows, heads]`` float32, the
@@ -33,10 +44,20 @@ def mla_decode(
         if context:
             blocks = tables[row, : -(-context // block_size)].long()
             keys = cache[blocks].flatten(0, 1)[:context].float()
+            if kv_scales is not None:
+                widths = torch.tensor([latent, keys.shape[1] - latent], device=keys.device)
+                keys *= kv_scales[blocks].flatten(0, 1)[:context].repeat_interleave(widths, dim=1)
             scores = query[row].float() @ keys.t() * scale  # [heads, context]
             log_sums[row] = scores.logsumexp(dim=-1)
             out[row] = (scores.softmax(dim=-1) @ keys[:, :latent]).to(query.dtype)
     return out, log_sums
+
+
+def compress(tokens: Tensor, latent: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``[tokens, latent + rope]`` in 8 bits, and ``[tokens, 2]`` float32: the scales of latents and rotated keys."""
+    parts = [quantize(part, dtype, part.shape[1]) for part in (tokens[:, :latent], tokens[:, latent:])]
+    values = torch.cat([values.view(torch.uint8) for values, _ in parts], dim=1).view(dtype)
+    return values, torch.cat([scales for _, scales in parts], dim=1)
 
 
 def absorb(query: Tensor, key_up: Tensor) -> Tensor:

@@ -10,22 +10,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common_platform.kernels import Specialization, Work
-from servekit.kernels.merge_attention.triton_backend import merge_attention
+from common_platform.kernels import NVIDIA_FP8, TARGETS, Specialization, Work
+from servekit.kernels.merge_attention.triton_backend import (
+    AMD_STAGES,
+    NUM_STAGES,
+    NUM_WARPS,
+    log_sum_of,
+    merge_attention,
+    num_stages,
+    soften,
+    splits_of,
+)
 
 HEADS = 16  # of a program, the height of a tensor core's tile
 KEYS = 32  # of a step
-PROGRAMS = 264  # to have at least: two for each multiprocessor of an H100
-MOST_SPLITS = 16
-SHORTEST = 256  # keys of a split at the least
-NUM_WARPS = 4
-NUM_STAGES = 2
 
 
 @triton.jit
 def _mla(
     query_ptr,
     cache_ptr,
+    scales_ptr,  # None: the cache has the numbers themselves
     tables_ptr,
     contexts_ptr,
     parts_ptr,
@@ -62,37 +67,45 @@ def _mla(
         position = start + tl.arange(0, KEYS)
         is_key = position < last
         block = tl.load(tables_ptr + row * max_blocks + position // block_size, mask=is_key, other=0).to(tl.int64)
-        place = cache_ptr + (block * block_size + position % block_size) * WIDTH
+        token = block * block_size + position % block_size
+        place = cache_ptr + token * WIDTH
         keys = tl.load(place[:, None] + latent[None, :], mask=is_key[:, None] & (latent < LATENT)[None, :], other=0.0)
         keys_rope = tl.load(
             place[None, :] + LATENT + rope[:, None], mask=is_key[None, :] & (rope < ROPE)[:, None], other=0.0
         )
-        scores = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision="ieee") + tl.dot(
-            query_rope, keys_rope.to(query.dtype), input_precision="ieee"
-        )
+        scores = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision="ieee")
+        turned = tl.dot(query_rope, keys_rope.to(query.dtype), input_precision="ieee")
+        if scales_ptr is not None:
+            latent_scale = tl.load(scales_ptr + 2 * token, mask=is_key, other=0.0)
+            scores *= latent_scale[None, :]
+            turned *= tl.load(scales_ptr + 2 * token + 1, mask=is_key, other=0.0)[None, :]
+        scores += turned
         scores = tl.where(is_key[None, :], scores * scale, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, axis=1))
-        rescale = tl.exp(highest - higher)
-        powers = tl.exp(scores - higher[:, None])
-        total = total * rescale + tl.sum(powers, axis=1)
+        powers, rescale, highest, total = soften(scores, highest, total)
+        if scales_ptr is not None:
+            powers *= latent_scale[None, :]
         values = values * rescale[:, None] + tl.dot(
             powers.to(query.dtype), keys.to(query.dtype), input_precision="ieee"
         )
-        highest = higher
-    has_keys = total > 0
-    values = values / tl.where(has_keys, total, 1.0)[:, None]
+    values = values / tl.where(total > 0, total, 1.0)[:, None]
     place = (split.to(tl.int64) * rows + row) * heads + head
     tl.store(
         parts_ptr + place[:, None] * LATENT + latent[None, :],
         values.to(parts_ptr.dtype.element_ty),
         mask=real & (latent < LATENT)[None, :],
     )
-    log_sum = tl.where(has_keys, highest + tl.log(tl.where(has_keys, total, 1.0)), float("-inf"))
-    tl.store(log_sums_ptr + place, log_sum, mask=head < heads)
+    tl.store(log_sums_ptr + place, log_sum_of(highest, total), mask=head < heads)
 
 
 def mla_decode(
-    query: Tensor, cache: Tensor, tables: Tensor, contexts: Tensor, latent: int, scale: float
+    query: Tensor,
+    cache: Tensor,
+    tables: Tensor,
+    contexts: Tensor,
+    latent: int,
+    scale: float,
+    *,
+    kv_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.mla_decode``."""
     query = query.contiguous()
@@ -108,6 +121,7 @@ def mla_decode(
     _mla[(rows, triton.cdiv(heads, HEADS), splits)](
         query,
         cache,
+        kv_scales,
         tables,
         contexts,
         parts,
@@ -119,24 +133,11 @@ def mla_decode(
         scale,
         **_constants(latent, width - latent, splits),
         num_warps=NUM_WARPS,
-        num_stages=_stages(),
+        num_stages=num_stages(),
     )
     if splits == 1:
         return parts[0], log_sums[0]
     return merge_attention(parts, log_sums, query.dtype), log_sums.logsumexp(dim=0)
-
-
-def _stages() -> int:
-    """AMD's registers hold one step's keys, not two."""
-    return 1 if torch.version.hip else NUM_STAGES
-
-
-def splits_of(programs: int, longest: int) -> int:
-    """Parts of a context: enough for every multiprocessor, none too short; by sizes that the host knows."""
-    splits = 1
-    while splits < MOST_SPLITS and programs * splits < PROGRAMS and longest >= splits * 2 * SHORTEST:
-        splits *= 2
-    return splits
 
 
 def _constants(latent: int, rope: int, splits: int) -> dict[str, int]:
@@ -151,19 +152,29 @@ def _constants(latent: int, rope: int, splits: int) -> dict[str, int]:
     }
 
 
-SPECIALIZATIONS = tuple(
-    Specialization(
+def _specialization(splits: int, stored: str) -> Specialization:
+    name = f"bf16{'' if stored == 'bf16' else f' with {stored} keys'}, latent 512, rope 64"
+    scales = {} if stored == "bf16" else {"scales_ptr": "*fp32"}
+    return Specialization(
         kernel=_mla,
-        name=f"bf16, latent 512, rope 64, {splits} split{'s' if splits > 1 else ''}",
-        signature={"query_ptr": "*bf16", "cache_ptr": "*bf16", "tables_ptr": "*i32", "contexts_ptr": "*i32"}
+        name=f"{name}, {splits} split{'s' if splits > 1 else ''}",
+        signature={"query_ptr": "*bf16", "cache_ptr": f"*{stored}", "tables_ptr": "*i32", "contexts_ptr": "*i32"}
         | {"parts_ptr": "*fp32" if splits > 1 else "*bf16", "log_sums_ptr": "*fp32"}
-        | {"rows": "i32", "heads": "i32:16", "block_size": "i32:16", "max_blocks": "i32", "scale": "fp32"},
-        constants=_constants(512, 64, splits),
+        | {"rows": "i32", "heads": "i32:16", "block_size": "i32:16", "max_blocks": "i32", "scale": "fp32"}
+        | scales,
+        constants=_constants(512, 64, splits) | ({} if scales else {"scales_ptr": None}),
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
-        amd_stages=1,
+        amd_stages=AMD_STAGES,
+        targets=NVIDIA_FP8 if stored.startswith("fp8") else tuple(TARGETS),
     )
-    for splits in (1, 8)
+
+
+SPECIALIZATIONS = (
+    _specialization(1, "bf16"),
+    _specialization(8, "bf16"),
+    _specialization(8, "fp8e4nv"),
+    _specialization(8, "i8"),
 )
 
 WORKS = (
@@ -174,6 +185,14 @@ WORKS = (
         flops=64 * 4096 * 16 * 2 * (576 + 512),
         bound="bandwidth",
         target=0.8,
+    ),
+    Work(
+        operation="mla_decode",
+        shape="64 rows x 4096 tokens, 16 heads, latent 512, rope 64, bf16 with fp8 keys and two scales a token",
+        bytes=64 * 4096 * (576 + 8) + 64 * 16 * (576 + 512) * 2,
+        flops=64 * 4096 * 16 * 2 * (576 + 512),
+        bound="bandwidth",
+        target=0.7,
     ),
     Work(
         operation="mla_decode",

@@ -156,7 +156,8 @@ def _attend(
     if not HAS_WINDOW:  # keys that every token of the tile sees need no mask
         plain = tl.minimum(context - count + first + 1, end) - start
         plain_end = start + tl.maximum(plain, 0) // BLOCK_N * BLOCK_N
-        for first_key in range(start, plain_end, BLOCK_N):
+    for masked in tl.static_range(1 if HAS_WINDOW else 0, 2):
+        for first_key in range(plain_end if masked else start, end if masked else plain_end, BLOCK_N):
             acc, m, length = _turn(
                 q,
                 acc,
@@ -174,7 +175,7 @@ def _attend(
                 score_scale,
                 soft_cap,
                 window,
-                False,
+                masked == 1,
                 HAS_WINDOW,
                 HAS_CAP,
                 KV_HEADS,
@@ -183,33 +184,6 @@ def _attend(
                 BLOCK_N,
                 BLOCK_D,
             )
-    for first_key in range(plain_end, end, BLOCK_N):
-        acc, m, length = _turn(
-            q,
-            acc,
-            m,
-            length,
-            first_key,
-            end,
-            positions,
-            kv_head,
-            cache_ptr,
-            scales_ptr,
-            tables,
-            half,
-            scale_half,
-            score_scale,
-            soft_cap,
-            window,
-            True,
-            HAS_WINDOW,
-            HAS_CAP,
-            KV_HEADS,
-            HEAD_DIM,
-            BLOCK_SIZE,
-            BLOCK_N,
-            BLOCK_D,
-        )
     if SPLITS == 1 and sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head, mask=live, other=float("-inf")).to(tl.float32) * 1.4426950408889634
         top = tl.maximum(m, sink)

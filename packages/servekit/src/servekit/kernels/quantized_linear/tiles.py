@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from common_platform.errors import ConfigError
 from servekit.kernels.tuning import Tuned, tuned
 
 SMALL = 16  # tokens up to which reading the weight is what takes the time
@@ -45,8 +46,13 @@ def tiles_for(tokens: int, out: int, width: int, inner: int, *, unpacks: bool = 
     return Tiles(rows=64 if unpacks else 128, cols=128, inner=inner, num_warps=8, num_stages=3)
 
 
-def measured_tiles(kernel: str, safe: Tiles, tokens: int, out: int, width: int) -> Tiles:
-    """What ``servekit tune`` measured for this weight and about as many tokens, else ``safe``; splits stay."""
-    default = Tuned(safe.cols, safe.num_warps, safe.num_stages, safe.rows)
-    found = tuned(kernel, default, tokens=1 << max(tokens - 1, 0).bit_length(), out=out, width=width)
+def measured_tiles(kernel: str, safe: Tiles, *, most_cols: int = 256, **shape: int) -> Tiles:
+    """What ``servekit tune`` measured for ``shape``, else ``safe``; inner columns and splits stay.
+
+    Raises:
+        ConfigError: what was written down has more columns than ``most_cols``, which the weight's layout allows.
+    """
+    found = tuned(kernel, Tuned(safe.cols, safe.num_warps, safe.num_stages, safe.rows), **shape)
+    if found.block_n > most_cols:
+        raise ConfigError(f"{kernel}.block_n", found.block_n, f"at most {most_cols}: a tile has one scale a step")
     return replace(safe, rows=found.block_m, cols=found.block_n, num_warps=found.num_warps, num_stages=found.num_stages)

@@ -6,7 +6,6 @@ sums are added by a second kernel in one order. With more tokens one program has
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,27 +14,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common_platform.errors import ConfigError
 from common_platform.kernels import NVIDIA_FP8, TARGETS, Specialization, Work
 from servekit.kernels.quantize.triton_backend import quantize
 from servekit.kernels.quantized_linear.tiles import SMALL, Tiles, measured_tiles, tiles_for
 from servekit.kernels.quantized_linear.weights import BLOCK, HALF, MIDDLE, SPAN, BlockWeight, ChannelWeight, Int4Weight
-from servekit.kernels.tuning import stages
+from servekit.kernels.tuning import bucket, stages
 
 TOGETHER = 8  # row tiles that run side by side, so that they share the weight in the cache
 SUMS = 1024  # elements of a program that adds
 
 
 @triton.jit
-def _my_tile(tokens, out, ROWS: tl.constexpr, COLS: tl.constexpr, TOGETHER: tl.constexpr):
-    """This program's first row and first column; programs in a band of rows come one after the other."""
+def tile_of(tall, wide, TOGETHER: tl.constexpr):
+    """This program's row and column of tiles; programs in a band of rows come one after the other."""
     program = tl.program_id(0)
-    tall, wide = tl.cdiv(tokens, ROWS), tl.cdiv(out, COLS)
     band = program // (TOGETHER * wide)
     height = tl.minimum(tall - band * TOGETHER, TOGETHER)
     inside = program % (TOGETHER * wide)
-    row = band * TOGETHER + inside % height
-    return row * ROWS, (inside // height) * COLS
+    return band * TOGETHER + inside % height, inside // height
 
 
 @triton.jit
@@ -69,8 +65,8 @@ def _w8_tiles(
     SUM: tl.constexpr,
     PROMOTE: tl.constexpr,  # products that tensor cores may add up in their own few bits (Hopper's float8), or None
 ):
-    first_row, first_col = _my_tile(tokens, out, ROWS, COLS, TOGETHER)
-    rows, cols = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
+    row, col = tile_of(tl.cdiv(tokens, ROWS), tl.cdiv(out, COLS), TOGETHER)
+    rows, cols = row * ROWS + tl.arange(0, ROWS), col * COLS + tl.arange(0, COLS)
     steps = tl.cdiv(tl.cdiv(width, INNER), SPLITS)
     first = tl.program_id(1) * steps * INNER
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * width
@@ -107,8 +103,8 @@ def _fp8_block_tiles(
     TOGETHER: tl.constexpr,
 ):
     """A step is one block of columns, so the sums of float8 products stay short before they are promoted to float32."""
-    first_row, first_col = _my_tile(tokens, out, ROWS, COLS, TOGETHER)
-    rows, cols = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
+    row, col = tile_of(tl.cdiv(tokens, ROWS), tl.cdiv(out, COLS), TOGETHER)
+    rows, cols = row * ROWS + tl.arange(0, ROWS), col * COLS + tl.arange(0, COLS)
     blocks = tl.cdiv(width, BLOCK)
     steps = tl.cdiv(blocks, SPLITS)
     first = tl.program_id(1) * steps
@@ -123,9 +119,68 @@ def _fp8_block_tiles(
         x_scales = tl.load(
             x_scales_ptr + rows.to(tl.int64) * blocks + block, mask=(rows < tokens) & (block < blocks), other=0.0
         )
-        scale = tl.load(scales_ptr + (first_col // BLOCK) * blocks + block, mask=block < blocks, other=0.0)
+        scale = tl.load(scales_ptr + (col * COLS // BLOCK) * blocks + block, mask=block < blocks, other=0.0)
         total += tl.dot(x, weight) * (x_scales * scale)[:, None]
     _store(total, bias_ptr, out_ptr, rows, cols, tokens, out, SPLITS)
+
+
+@triton.jit
+def span_product(
+    total,
+    x_low,
+    x_high,
+    packed_ptr,
+    scales_ptr,
+    zeros_ptr,  # None: MIDDLE everywhere
+    cols,
+    span,
+    out,
+    stride,  # columns of the whole matrix
+    width,
+    group,  # input columns that share a scale
+    HALF: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    FEW_GROUPS: tl.constexpr,  # each half of a span lies in one group
+):
+    """``total`` and the product of both halves of a span with the int4 columns ``cols``, of which ``out`` are real.
+
+    A tile of bytes has the columns of the span's first half in the low bits, of its second above.
+    """
+    byte = span * HALF + tl.arange(0, HALF)
+    is_col = cols < out
+    packed = tl.load(packed_ptr + byte.to(tl.int64)[:, None] * stride + cols[None, :], mask=is_col[None, :], other=0)
+    for part in tl.static_range(2):
+        x = x_high if part else x_low
+        first = span * 2 * HALF + part * HALF
+        values = ((packed >> (4 * part)) & 15).to(tl.int32)
+        if FEW_GROUPS:
+            place = (first // group).to(tl.int64) * stride + cols
+            real = is_col & (first < width)
+            scales = tl.load(scales_ptr + place, mask=real, other=0.0).to(tl.float32)
+            zeros = MIDDLE
+            if zeros_ptr is not None:
+                zeros = tl.load(zeros_ptr + place, mask=real, other=0).to(tl.int32)[None, :]
+            total += tl.dot(x, (values - zeros).to(x.dtype), input_precision="ieee") * scales[None, :]
+        else:
+            inner = first + tl.arange(0, HALF)
+            place = (inner // group).to(tl.int64)[:, None] * stride + cols[None, :]
+            real = (inner < width)[:, None] & is_col[None, :]
+            scales = tl.load(scales_ptr + place, mask=real, other=0.0).to(tl.float32)
+            zeros = MIDDLE
+            if zeros_ptr is not None:
+                zeros = tl.load(zeros_ptr + place, mask=real, other=0).to(tl.int32)
+            total = tl.dot(x, ((values - zeros).to(tl.float32) * scales).to(x.dtype), acc=total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def span_of(x_rows, is_row, span, width, HALF: tl.constexpr):
+    """Both halves of a span of the input; ``x_rows`` points to the rows' first columns."""
+    low = span * 2 * HALF + tl.arange(0, HALF)
+    high = low + HALF
+    x_low = tl.load(x_rows + low[None, :], mask=is_row[:, None] & (low < width)[None, :], other=0.0)
+    x_high = tl.load(x_rows + high[None, :], mask=is_row[:, None] & (high < width)[None, :], other=0.0)
+    return x_low, x_high
 
 
 @triton.jit
@@ -133,14 +188,14 @@ def _w4a16_tiles(
     x_ptr,
     packed_ptr,
     scales_ptr,
-    zeros_ptr,  # None: 8 everywhere
+    zeros_ptr,
     bias_ptr,
     out_ptr,
     tokens,
     out,
     width,
-    group,  # columns
-    SPAN_SCALES: tl.constexpr,  # each half of a span lies in one group
+    group,
+    FEW_GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     HALF: tl.constexpr,
@@ -148,40 +203,33 @@ def _w4a16_tiles(
     SPLITS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """A step is one span: a tile of bytes has the columns of its first half in the low bits, of its second above."""
-    first_row, first_col = _my_tile(tokens, out, ROWS, COLS, TOGETHER)
-    rows, cols = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
+    """A step is one span."""
+    row, col = tile_of(tl.cdiv(tokens, ROWS), tl.cdiv(out, COLS), TOGETHER)
+    rows, cols = row * ROWS + tl.arange(0, ROWS), col * COLS + tl.arange(0, COLS)
     spans = tl.cdiv(width, 2 * HALF)
     steps = tl.cdiv(spans, SPLITS)
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * width
     total = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    for step in range(steps):
-        span = tl.program_id(1) * steps + step
-        byte = span * HALF + tl.arange(0, HALF)
-        tile = packed_ptr + byte.to(tl.int64)[:, None] * out + cols[None, :]
-        packed = tl.load(tile, mask=(byte < spans * HALF)[:, None] & (cols < out)[None, :], other=0)
-        for part in tl.static_range(2):
-            inner = span * 2 * HALF + part * HALF + tl.arange(0, HALF)
-            x = tl.load(x_rows + inner[None, :], mask=(rows < tokens)[:, None] & (inner < width)[None, :], other=0.0)
-            values = ((packed >> (4 * part)) & 15).to(tl.int32)
-            if SPAN_SCALES:
-                place = ((span * 2 * HALF + part * HALF) // group).to(tl.int64) * out + cols
-                real = (cols < out) & (span * 2 * HALF + part * HALF < width)
-                scales = tl.load(scales_ptr + place, mask=real, other=0.0).to(tl.float32)
-                zeros = MIDDLE
-                if zeros_ptr is not None:
-                    zeros = tl.load(zeros_ptr + place, mask=real, other=0).to(tl.int32)[None, :]
-                total += tl.dot(x, (values - zeros).to(x.dtype), input_precision="ieee") * scales[None, :]
-            else:
-                place = (inner // group).to(tl.int64)[:, None] * out + cols[None, :]
-                real = (inner < width)[:, None] & (cols < out)[None, :]
-                scales = tl.load(scales_ptr + place, mask=real, other=0.0).to(tl.float32)
-                zeros = MIDDLE
-                if zeros_ptr is not None:
-                    zeros = tl.load(zeros_ptr + place, mask=real, other=0).to(tl.int32)
-                total = tl.dot(
-                    x, ((values - zeros).to(tl.float32) * scales).to(x.dtype), acc=total, input_precision="ieee"
-                )
+    first = tl.program_id(1) * steps
+    for span in range(first, tl.minimum(first + steps, spans)):
+        x_low, x_high = span_of(x_rows, rows < tokens, span, width, HALF)
+        total = span_product(
+            total,
+            x_low,
+            x_high,
+            packed_ptr,
+            scales_ptr,
+            zeros_ptr,
+            cols,
+            span,
+            out,
+            out,
+            width,
+            group,
+            HALF,
+            MIDDLE,
+            FEW_GROUPS,
+        )
     _store(total, bias_ptr, out_ptr, rows, cols, tokens, out, SPLITS)
 
 
@@ -216,6 +264,11 @@ def w8a8_product(
     return _w8(values.contiguous(), scales.contiguous(), weight, bias, tiles, dtype)
 
 
+def w8a8_name(kind: torch.dtype) -> str:
+    """What ``servekit tune`` calls the product of this type."""
+    return "w8a8_int8" if kind == torch.int8 else "w8a8_float8"
+
+
 def w8a16_linear(x: Tensor, weight: ChannelWeight, bias: Tensor | None = None, *, tiles: Tiles | None = None) -> Tensor:
     """As ``reference.w8a16_linear``; int8 is exact in every type that activations have."""
     return _w8(x.contiguous(), None, weight, bias, tiles, x.dtype)
@@ -231,32 +284,13 @@ def _w8(
 ) -> Tensor:
     out, width = weight.values.shape
     safe = tiles_for(len(values), out, width, 128 if scales is not None else 64)
-    cut = tiles or measured_tiles("w8", safe, len(values), out, width)
+    name = "w8a16" if scales is None else w8a8_name(values.dtype)
+    cut = tiles or measured_tiles(name, safe, tokens=bucket(len(values)), out=out, width=width)
     sums = tl.int32 if values.dtype == torch.int8 else tl.float32
-
-    def launch(grid: tuple[int, int], offsets: Tensor | None, target: Tensor) -> None:
-        _w8_tiles[grid](
-            values,
-            scales,
-            weight.values,
-            weight.scales,
-            offsets,
-            target,
-            len(values),
-            out,
-            width,
-            ROWS=cut.rows,
-            COLS=cut.cols,
-            INNER=cut.inner,
-            SPLITS=cut.splits,
-            TOGETHER=TOGETHER,
-            SUM=sums,
-            PROMOTE=cut.inner if values.dtype.itemsize == 1 and sums == tl.float32 else None,
-            num_warps=cut.num_warps,
-            num_stages=stages(cut.num_stages),
-        )
-
-    return _in_splits(launch, values, out, bias, cut, dtype)
+    constants = {"INNER": cut.inner, "SUM": sums}
+    constants["PROMOTE"] = cut.inner if values.dtype.itemsize == 1 and sums == tl.float32 else None
+    operands = (values, scales, weight.values, weight.scales)
+    return _in_splits(_w8_tiles, operands, (len(values), out, width), bias, cut, dtype, constants)
 
 
 def fp8_block_linear(
@@ -279,64 +313,22 @@ def fp8_block_product(
     """As ``reference.fp8_block_product``; a tile's columns are within one block of the weight."""
     values, scales = values.contiguous(), scales.contiguous()
     out, width = weight.values.shape
-    cut = tiles or measured_tiles("fp8_block", tiles_for(len(values), out, width, BLOCK), len(values), out, width)
-    if cut.cols > BLOCK:
-        raise ConfigError("fp8_block.block_n", cut.cols, f"at most {BLOCK}: a tile has one scale a step")
+    safe, tokens = tiles_for(len(values), out, width, BLOCK), bucket(len(values))
+    cut = tiles or measured_tiles("fp8_block", safe, most_cols=BLOCK, tokens=tokens, out=out, width=width)
 
-    def launch(grid: tuple[int, int], offsets: Tensor | None, target: Tensor) -> None:
-        _fp8_block_tiles[grid](
-            values,
-            scales,
-            weight.values,
-            weight.scales,
-            offsets,
-            target,
-            len(values),
-            out,
-            width,
-            ROWS=cut.rows,
-            COLS=cut.cols,
-            BLOCK=BLOCK,
-            SPLITS=cut.splits,
-            TOGETHER=TOGETHER,
-            num_warps=cut.num_warps,
-            num_stages=stages(cut.num_stages),
-        )
-
-    return _in_splits(launch, values, out, bias, cut, dtype)
+    operands = (values, scales, weight.values, weight.scales)
+    return _in_splits(_fp8_block_tiles, operands, (len(values), out, width), bias, cut, dtype, {"BLOCK": BLOCK})
 
 
 def w4a16_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, tiles: Tiles | None = None) -> Tensor:
     """As ``reference.w4a16_linear``; the products are of the type of ``x``, in which the int4 values are exact."""
     x = x.contiguous() if weight.order is None else x[:, weight.order]
     out, width = weight.packed.shape[1], weight.in_features
-    cut = tiles or measured_tiles("w4a16", int4_tiles(len(x), weight), len(x), out, width)
-    few_groups = _few_groups(weight.group, width)
-
-    def launch(grid: tuple[int, int], offsets: Tensor | None, target: Tensor) -> None:
-        _w4a16_tiles[grid](
-            x,
-            weight.packed,
-            weight.scales,
-            weight.zeros,
-            offsets,
-            target,
-            len(x),
-            out,
-            width,
-            weight.group,
-            SPAN_SCALES=few_groups,
-            ROWS=cut.rows,
-            COLS=cut.cols,
-            HALF=HALF,
-            MIDDLE=MIDDLE,
-            SPLITS=cut.splits,
-            TOGETHER=TOGETHER,
-            num_warps=cut.num_warps,
-            num_stages=stages(cut.num_stages),
-        )
-
-    return _in_splits(launch, x, out, bias, cut, x.dtype)
+    safe = int4_tiles(len(x), weight)
+    cut = tiles or measured_tiles("w4a16", safe, tokens=bucket(len(x)), out=out, width=width)
+    operands = (x, weight.packed, weight.scales, weight.zeros)
+    constants = {"FEW_GROUPS": _few_groups(weight.group, width), "HALF": HALF, "MIDDLE": MIDDLE}
+    return _in_splits(_w4a16_tiles, operands, (len(x), out, width, weight.group), bias, cut, x.dtype, constants)
 
 
 def int4_tiles(tokens: int, weight: Int4Weight) -> Tiles:
@@ -351,26 +343,44 @@ def _few_groups(group: int, width: int) -> bool:
 
 
 def _in_splits(
-    launch: Callable[[tuple[int, int], Tensor | None, Tensor], None],
-    x: Tensor,
-    out: int,
+    kernel: Any,
+    operands: tuple[Tensor | None, ...],
+    sizes: tuple[int, ...],
     bias: Tensor | None,
     cut: Tiles,
     dtype: torch.dtype,
+    constants: dict[str, Any],
 ) -> Tensor:
-    """Launch the product over all tiles and splits, and add the splits where there are several."""
-    result = torch.empty(len(x), out, dtype=dtype, device=x.device)
+    """Launch ``kernel`` over all tiles and splits, and add the splits where there are several.
+
+    Args:
+        operands: what it reads, the input first; bias and output follow.
+        sizes: of the product: tokens, output columns, input columns, and what else the layout has.
+    """
+    tokens, out = sizes[:2]
+    device = operands[0].device if operands[0] is not None else None
+    result = torch.empty(tokens, out, dtype=dtype, device=device)
     if not result.numel():
         return result
-    grid = (triton.cdiv(len(x), cut.rows) * triton.cdiv(out, cut.cols), cut.splits)
-    if cut.splits == 1:
-        launch(grid, bias, result)
-        return result
-    parts = torch.empty(cut.splits, len(x), out, dtype=torch.float32, device=x.device)
-    launch(grid, None, parts)
-    _add_splits[(triton.cdiv(result.numel(), SUMS),)](
-        parts, bias, result, result.numel(), out, SPLITS=cut.splits, SUMS=SUMS
+    grid = (triton.cdiv(tokens, cut.rows) * triton.cdiv(out, cut.cols), cut.splits)
+    is_whole = cut.splits == 1
+    target = result if is_whole else torch.empty(cut.splits, tokens, out, dtype=torch.float32, device=device)
+    kernel[grid](
+        *operands,
+        bias if is_whole else None,
+        target,
+        *sizes,
+        ROWS=cut.rows,
+        COLS=cut.cols,
+        SPLITS=cut.splits,
+        TOGETHER=TOGETHER,
+        **constants,
+        num_warps=cut.num_warps,
+        num_stages=stages(cut.num_stages),
     )
+    if not is_whole:
+        programs = triton.cdiv(result.numel(), SUMS)
+        _add_splits[(programs,)](target, bias, result, result.numel(), out, SPLITS=cut.splits, SUMS=SUMS)
     return result
 
 
@@ -407,7 +417,7 @@ def _specializations(tokens: int) -> list[Specialization]:
     pointers = {"x_ptr": "*fp8e4nv", "x_scales_ptr": "*fp32", "weight_ptr": "*fp8e4nv"}
     found.append(_specialization(_fp8_block_tiles, "fp8 blocks", pointers, {"BLOCK": BLOCK}, wide, NVIDIA_FP8))
     int4 = {"x_ptr": "*bf16", "packed_ptr": "*u8", "group": "i32:16"}
-    constants = {"HALF": HALF, "MIDDLE": MIDDLE, "SPAN_SCALES": True}
+    constants = {"HALF": HALF, "MIDDLE": MIDDLE, "FEW_GROUPS": True}
     zeros = {"zeros_ptr": None}
     found.append(_specialization(_w4a16_tiles, "w4a16, bf16", int4, constants | zeros, unpacked, everywhere))
     return found
@@ -420,7 +430,7 @@ SPECIALIZATIONS = (
         _w4a16_tiles,
         "w4a16 with zeros, groups of 32",
         {"x_ptr": "*bf16", "packed_ptr": "*u8", "zeros_ptr": "*u8", "group": "i32:16"},
-        {"HALF": HALF, "MIDDLE": MIDDLE, "SPAN_SCALES": False},
+        {"HALF": HALF, "MIDDLE": MIDDLE, "FEW_GROUPS": False},
         replace(tiles_for(1, 4096, 4096, SPAN), cols=32, num_stages=2),
         tuple(TARGETS),
     ),
