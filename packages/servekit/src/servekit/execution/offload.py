@@ -8,26 +8,40 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common_platform.errors import ResourceError
+from servekit.execution.copy_stream import CopyStream, copy_stream_of
+from servekit.kernels.paged_attention.metadata import to_device
 from servekit.layers.attention import Attention
 
 
 class OffloadStore:
     """The slots of an offload tier, for every layer.
 
+    Copies to and from host memory run on a stream of their own: blocks that leave are gathered at once, so that the
+    step which overwrites them need not wait until they have arrived; a step waits for those that it reads.
+
     Args:
         attentions: bound to their caches.
         folder: where the file is made, which is unlinked at once; None for host memory.
+        stream: where copies are queued; None for that of the caches' device.
 
     Raises:
         ResourceError: the folder cannot be written, or the disk has no room; asked for in full now, not later.
     """
 
-    def __init__(self, attentions: Sequence[Attention], num_slots: int, folder: str | None) -> None:
+    def __init__(
+        self,
+        attentions: Sequence[Attention],
+        num_slots: int,
+        folder: str | None,
+        stream: CopyStream | None = None,
+    ) -> None:
         self._caches = [cache for attention in attentions for cache in attention.caches]
+        self._stream = stream or copy_stream_of(self._caches[0].device)
         shapes = [(2, num_slots, *cache.shape[2:]) for cache in self._caches]
         if folder is None:
             pin = any(cache.is_cuda for cache in self._caches)
@@ -45,15 +59,35 @@ class OffloadStore:
 
     def move(self, saves: Sequence[tuple[int, int]], loads: Sequence[tuple[int, int]]) -> None:
         """Copy (block, slot) pairs out, then (slot, block) pairs in."""
-        for pairs, saving in ((saves, True), (loads, False)):
-            if not pairs:
-                continue
-            source, target = torch.tensor(pairs).unbind(1)
-            for cache, slots in zip(self._caches, self._slots, strict=True):
-                if saving:
-                    slots[:, target] = cache[:, source.to(cache.device)].to(slots.device)
-                else:
-                    cache[:, target.to(cache.device)] = slots[:, source].to(cache.device)
+        if saves:
+            self._save(*zip(*saves, strict=True))
+        if loads:
+            self._load(*zip(*loads, strict=True))
+
+    def _save(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        source = to_device(np.asarray(blocks, np.int64), self._caches[0].device)
+        leaving = [cache.index_select(1, source) for cache in self._caches]
+        self._stream.after_compute()
+        with self._stream.copies():
+            for staged, kept in zip(leaving, self._slots, strict=True):
+                for place, slot in enumerate(slots):
+                    for half in range(2):  # each is contiguous on both sides, which a copy needs to run beside the host
+                        kept[half, slot].copy_(staged[half, place], non_blocking=True)
+                self._stream.keep(staged)
+
+    def _load(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        target = to_device(np.asarray(blocks, np.int64), self._caches[0].device)
+        arriving = [cache.new_empty((2, len(blocks), *cache.shape[2:])) for cache in self._caches]
+        self._stream.after_compute()  # whose memory they may have been given
+        with self._stream.copies():
+            for staged, kept in zip(arriving, self._slots, strict=True):
+                for place, slot in enumerate(slots):
+                    for half in range(2):
+                        staged[half, place].copy_(kept[half, slot], non_blocking=True)
+                self._stream.keep(staged)
+        self._stream.before_compute()
+        for cache, staged in zip(self._caches, arriving, strict=True):
+            cache.index_copy_(1, target, staged)
 
 
 def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
