@@ -15,7 +15,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from common import Report, arguments, interleaved, median, seconds
 from servekit.kernels.fused_moe import fused_moe
 from servekit.kernels.fused_moe.experts import DenseExperts, ExpertWeights, quantize_experts
+from servekit.kernels.fused_moe.native_experts import NativeExperts
 from servekit.kernels.moe_routing import Routing, route
+from servekit.kernels.native import Format, native_library
+from servekit.kernels.native.library import Pool
 
 HIDDEN, INNER, EXPERTS, TOP_K = 512, 192, 128, 8
 TOKENS = (1, 32, 1024)
@@ -45,12 +48,18 @@ def compare(report: Report, dtype: torch.dtype, rounds: int) -> None:
     down = (torch.randn(EXPERTS, HIDDEN, INNER, generator=generator) * INNER**-0.5).to(dtype)
     layers = {way: peer(way, gate_up, down) for way in PEERS}
     ours = DenseExperts(gate_up), DenseExperts(down)
+    library = native_library()
+    if library is None:
+        raise SystemExit("the C++ kernels were not built: there is nothing to measure")
+    format = Format.F32 if dtype == torch.float32 else Format.BF16
+    native = NativeExperts(library, Pool(library, torch.get_num_threads()), gate_up, down, format)
     for tokens in TOKENS:
         x = torch.randn(tokens, HIDDEN, generator=generator).to(dtype)
         logits = torch.randn(tokens, EXPERTS, generator=generator)
         weights, experts = route(logits, Routing(num_experts=EXPERTS, top_k=TOP_K))
         numbers, shares = experts.long(), weights.to(dtype)
-        sides = {"ours": lambda x=x, w=weights, e=experts: fused_moe(x, e, w, *ours)}
+        sides = {"ours": lambda x=x, w=weights, e=experts: native(x, e, w)}
+        sides["ours_by_torch"] = lambda x=x, w=weights, e=experts: fused_moe(x, e, w, *ours)
         for way, layer in layers.items():
             sides[way] = lambda x=x, n=numbers, s=shares, call=layer: call(x, n, s)
         with torch.inference_mode():

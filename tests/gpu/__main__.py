@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ BARE = Path(__file__).parent / "bare"
 SOURCES = [ROOT, *(ROOT / "packages" / name / "src" for name in ("common-platform", "servekit", "trainkit"))]
 BUDGET_S = 540
 PROOFS_S = 220
-STALL_S = 75  # a case compiles its kernels, loads its model
+STALL_S = 90  # a case compiles its kernels, loads its model
 LEAST_S = 15  # that a stage must have left to begin
 SPARE_CORES = 3
 
@@ -75,8 +75,8 @@ def run_all(arguments: argparse.Namespace) -> int:
             return 0 if run.report["machine"]["ok"] else 1
         run.prove()
         run.time()
-        print(section(run.report))
         print(run.out)
+        print(section(run.report))
         return 0 if all(stage["ok"] for stage in run.report["phases"].values()) else 1
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -110,14 +110,16 @@ class Run:
         if "tests" in self._wanted:
             jobs |= {f"tests-{i}": self._stage(f"tests-{i}-of-{count}", limit_s) for i in range(count)}
         with ThreadPoolExecutor(cores) as pool:
-            ends = {name: pool.submit(self._run, stage) for name, stage in jobs.items()}
-            found = {name: end.result() for name, end in ends.items()}
-        phases = self.report["phases"]
-        shards = [found.pop(name) for name in list(found) if name.startswith("tests-")]
-        if shards:
-            phases["tests"] = _all_shards(shards)
-        phases |= found
-        self._told("proofs", all(phase["ok"] for phase in phases.values()))
+            names = {pool.submit(self._run, stage): name for name, stage in jobs.items()}
+            phases, shards = self.report["phases"], []
+            for end in as_completed(names):
+                name = names[end]
+                if name.startswith("tests-"):
+                    shards.append(end.result())
+                    phases["tests"] = _all_shards(shards)
+                else:
+                    phases[name] = end.result()
+                self._told(name, end.result()["ok"])
 
     def time(self) -> None:
         for name, limit_s in TIMED.items():
@@ -162,7 +164,12 @@ def _environment(folder: Path, *, is_dry: bool) -> dict[str, str]:
     paths = [*map(str, SOURCES), os.environ.get("PYTHONPATH", ""), *([] if has_msgspec() else [str(BARE)])]
     env = {"TRITON_CACHE_DIR": str(folder / "triton")} | os.environ
     env |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    env |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env |= {
+        "GPU_SCRIPT": str(os.getpid()),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if is_dry:
         env |= {"TRITON_INTERPRET": "1", "KERNEL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return env

@@ -13,6 +13,7 @@ import torch
 from tests.gpu.folders import SHAPES, write_folder
 from tests.gpu.machine import Stopwatch, bounds, forget, has_package, stop_if_broken, synchronize
 from tests.gpu.progress import Progress
+from tests.gpu.stages import AGAIN
 from tests.gpu.work import device_of
 
 Put = Callable[..., None]  # a figure, and the keys that lead to it
@@ -135,6 +136,7 @@ def throughput(name: str, progress: Progress, *, is_dry: bool) -> int:
     for run, measure in runs.items():
         if not progress.begins(run):
             continue
+        is_last = run == list(runs)[-1]
         try:
             measure(lambda value, *at, run=run: progress.put(value, "runs", run, *at))
         except Exception as error:  # noqa: BLE001 - told in the report; the others go on
@@ -142,6 +144,8 @@ def throughput(name: str, progress: Progress, *, is_dry: bool) -> int:
             progress.put(False, "ok")
             stop_if_broken()
         forget()
+        if not (is_dry or is_last):
+            return AGAIN  # whatever this run still holds of the device's memory is not the next one's
     return 0
 
 

@@ -14,8 +14,10 @@ from typing import Any
 from tests.gpu.progress import read
 
 BROKEN = 75  # exit code: the device answers no longer in this process
+AGAIN = 76  # exit code: all is well, and the next case is for a process with the device's memory to itself
 POLL_S = 0.1
 END_S = 10  # that a killed process may take to go: one in the driver's hands may never
+GOING_ON = "more to come"
 TAIL = 3000  # characters of output that are kept of a stage that failed
 
 
@@ -46,6 +48,9 @@ def run_stage(stage: Stage, folder: Path, env: Mapping[str, str]) -> dict[str, A
         figures, begun = read(progress)
         if why is None:
             break
+        if why == GOING_ON and len(begun) > done:
+            done = len(begun)
+            continue
         failures.append({"case": begun[-1] if len(begun) > done else "", "why": why, "output": _tail(log)})
         if len(begun) == done or time.monotonic() > begin + stage.limit_s:
             break
@@ -72,6 +77,8 @@ def _run(
     _end(process)  # what it may have left behind
     if process.returncode == 0:
         return None
+    if process.returncode == AGAIN:
+        return GOING_ON
     return "the device broke" if process.returncode == BROKEN else f"exit code {process.returncode}"
 
 

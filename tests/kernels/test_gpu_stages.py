@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.gpu import __main__ as script
 from tests.gpu.progress import Progress, read
-from tests.gpu.stages import BROKEN, Stage, run_stage
+from tests.gpu.stages import AGAIN, BROKEN, Stage, run_stage
 from tests.gpu.work import TIMED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,7 @@ from tests.gpu.progress import Progress
 p = Progress(pathlib.Path(sys.argv[-1]))
 """
 LONG_S = 120  # nothing that is expected to go on comes near
-STALL_S = 8
+STALL_S = 10
 
 
 def stage(body: str, *, limit_s: float = LONG_S, stall_s: float = LONG_S) -> Stage:
@@ -66,6 +67,22 @@ def test_all_cases_of_a_sound_stage_are_found_by_one_process(tmp_path):
     assert "failures" not in found
 
 
+def test_a_stage_may_ask_for_a_process_for_each_case(tmp_path):
+    body = """
+for case in "abc":
+    if p.begins(case):
+        p.put(os.getpid(), "by", case)
+        sys.exit(76 if case < "c" else 0)
+"""
+    found = run(body, tmp_path)
+    assert found["ok"]
+    assert len(set(found["by"].values())) == 3
+
+
+def test_a_stage_that_asks_for_more_processes_and_begins_nothing_is_ended(tmp_path):
+    assert [failure["case"] for failure in run(f"sys.exit({AGAIN})\n", tmp_path)["failures"]] == [""]
+
+
 def test_a_stage_that_cannot_begin_is_tried_once(tmp_path):
     found = run("import nothing_of_that_name\n", tmp_path)
     assert [failure["case"] for failure in found["failures"]] == [""]
@@ -74,7 +91,7 @@ def test_a_stage_that_cannot_begin_is_tried_once(tmp_path):
 
 def test_what_was_found_is_kept_when_the_time_is_over(tmp_path):
     body = "i = 0\nwhile True:\n    i += 1\n    p.put(i, 'last')\n    time.sleep(0.05)\n"
-    found = run(body, tmp_path, limit_s=6)
+    found = run(body, tmp_path, limit_s=10)
     assert found["failures"][0]["why"] == "the stage's time was over"
     assert found["last"] >= 1
 
@@ -90,6 +107,36 @@ def test_nothing_that_a_stage_started_outlives_it(tmp_path):
         while _runs(found["pid"]):
             assert time.monotonic() < deadline, "the child still runs"
             time.sleep(0.05)
+
+
+def test_the_work_ends_when_the_script_is_killed(tmp_path):
+    """By a signal that it cannot answer: nothing may hold the device afterwards."""
+    told = tmp_path / "pid"
+    work = f"""
+import os, pathlib, threading, time
+from tests.gpu.work import _end_with
+threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+path = pathlib.Path({str(told)!r})
+path.with_suffix(".part").write_text(str(os.getpid()))
+path.with_suffix(".part").rename(path)
+time.sleep(600)
+"""
+    code = f"""
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", {work!r}], start_new_session=True)
+time.sleep(600)
+"""
+    script_ = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 60
+    while not told.is_file():
+        assert time.monotonic() < deadline, "the work did not begin"
+        time.sleep(0.05)
+    pid = int(told.read_text())
+    script_.kill()
+    script_.wait(60)
+    while _runs(pid):
+        assert time.monotonic() < deadline, "the work goes on"
+        time.sleep(0.05)
 
 
 def _runs(pid: int) -> bool:

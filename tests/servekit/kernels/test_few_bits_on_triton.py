@@ -51,7 +51,10 @@ def test_a_norm_and_its_linear_layer_are_the_norm_then_the_product(folder, kind,
     handed, rounded_total = norm.add_to_linear(x.clone(), None if given is None else given.clone())
     assert isinstance(handed, Rounded) == (kind != "int4")
     assert torch.equal(total, rounded_total)
-    assert torch.equal(product(handed), product(plain))
+    if DEVICE.type == "cpu":
+        assert torch.equal(product(handed), product(plain))
+    else:  # the two kernels are compiled apart, and a number between two steps may go either way
+        torch.testing.assert_close(product(handed), product(plain), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -47,5 +47,11 @@ def test_a_gate_in_eight_bits_is_the_gate_then_rounded(backend, dtype, to, width
     quantize = backends("servekit.kernels.quantize", "quantize")[backend]
     values, scales = quantize(SILU[backend](x), to, width)
     found, found_scales = ROUNDED[backend](x, to)
-    assert torch.equal(found_scales, scales[:, 0])
-    assert torch.equal(found.float(), values.float())
+    torch.testing.assert_close(found_scales, scales[:, 0])
+    off = (found.float() - values.float()).abs()
+    if DEVICE.type == "cpu":
+        assert not bool(off.any())
+    else:  # the two kernels are compiled apart, and a number between two steps may go either way
+        step = 1.0 if to == torch.int8 else values.float().abs() / 8 + 1e-2
+        assert bool((off <= step).all())
+        assert float((off > 0).double().mean()) < 0.01

@@ -31,6 +31,7 @@ NOT_BACKENDS = (
     "experts",
     "flashinfer_adapter",
     "metadata",
+    "native_experts",
     "library",
     "libservekit_cpu",
     "packing",

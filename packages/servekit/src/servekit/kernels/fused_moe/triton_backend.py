@@ -71,10 +71,12 @@ def _step(
     weight = tl.load(weight_ptr + cols.to(tl.int64)[None, :] * width + inner[:, None], mask=real, other=0.0)
     if FORMAT == 2:
         scale = tl.load(scales_ptr + (first_col // BLOCK) * blocks + block)
-        return total + tl.dot(x, weight) * (x_scale * scale)[:, None]
-    if FORMAT == 4:
-        return tl.dot(x, weight, acc=total, out_dtype=tl.int32)
-    return tl.dot(x, weight.to(x.dtype), acc=total, input_precision="ieee")
+        total += tl.dot(x, weight) * (x_scale * scale)[:, None]
+    elif FORMAT == 4:
+        total = tl.dot(x, weight, acc=total, out_dtype=tl.int32)
+    else:
+        total = tl.dot(x, weight.to(x.dtype), acc=total, input_precision="ieee")
+    return total
 
 
 @triton.jit
