@@ -41,11 +41,13 @@ def compile_for(specialization: Specialization, target_name: str) -> Compiled:
     if is_interpreted():
         raise ConfigError(VARIABLE, 1, "unset where kernels are compiled")
     target = TARGETS[target_name]
-    stages = specialization.num_stages if target.backend == "cuda" else specialization.amd_stages
+    stages, warps = specialization.num_stages, specialization.num_warps
+    if target.backend != "cuda":
+        stages, warps = specialization.amd_stages, specialization.amd_warps or warps
     built = triton.compile(
         _source(specialization),
         target=GPUTarget(target.backend, target.arch, target.warp_size),
-        options={"num_warps": specialization.num_warps, "num_stages": stages},
+        options={"num_warps": warps, "num_stages": stages},
     )
     if target.backend == "cuda":
         registers, spills = _nvidia(built.asm["cubin"])

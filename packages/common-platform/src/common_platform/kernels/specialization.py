@@ -44,7 +44,8 @@ class Specialization:
     ``kernel``: the ``triton.jit`` function. ``signature``: its arguments that are not constants, as triton writes
     types: ``*bf16`` a pointer (16-byte aligned), ``i32``, ``fp32``; ``i32:16`` is a multiple of 16. ``constants``: its
     ``tl.constexpr`` arguments, all of them. An argument that is None in the launch is a constant None. ``targets``: of
-    ``TARGETS``. ``amd_stages``: ``num_stages`` for AMD's targets, whose shared memory is smaller.
+    ``TARGETS``. ``amd_stages``: ``num_stages`` for AMD's targets, whose shared memory is smaller;
+    ``amd_warps``: ``num_warps`` for them where it is another, for a warp of theirs has 64 threads.
     """
 
     kernel: Any
@@ -54,6 +55,7 @@ class Specialization:
     num_warps: int = 4
     num_stages: int = 2
     amd_stages: int = 2
+    amd_warps: int | None = None
     targets: tuple[str, ...] = tuple(TARGETS)
 
     @property

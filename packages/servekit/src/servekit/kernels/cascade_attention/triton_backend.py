@@ -157,7 +157,7 @@ def cascade_attention(
             soft_cap,
             window,
             **_constants(group, queries, width, grid[2], is_shared=is_shared, capped=soft_cap > 0, windowed=window > 0),
-            num_warps=NUM_WARPS,
+            num_warps=_warps(is_shared=is_shared, windowed=window > 0),
             num_stages=num_stages(),
         )
 
@@ -165,6 +165,11 @@ def cascade_attention(
         launch((tall, kv_heads, shared), 0, together, is_shared=True)
     launch((rows, kv_heads, own), shared, max(16, triton.next_power_of_2(group)), is_shared=False)
     return merge_attention(parts, log_sums, query.dtype, sinks=sinks)
+
+
+def _warps(*, is_shared: bool, windowed: bool) -> int:
+    """A tile of many rows' queries keeps where each begins to see as well."""
+    return 2 * NUM_WARPS if is_shared and windowed else NUM_WARPS
 
 
 def queries_of(count: int) -> int:
@@ -202,7 +207,7 @@ def _specialization(
         | sizes
         | scalars,
         constants=_constants(4, queries, 128, 4, is_shared=is_shared, capped=capped, windowed=windowed),
-        num_warps=NUM_WARPS,
+        num_warps=_warps(is_shared=is_shared, windowed=windowed),
         num_stages=NUM_STAGES,
         amd_stages=AMD_STAGES,
     )

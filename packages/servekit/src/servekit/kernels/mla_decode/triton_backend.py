@@ -24,6 +24,7 @@ from servekit.kernels.merge_attention.triton_backend import (
 
 HEADS = 16  # of a program, the height of a tensor core's tile
 KEYS = 32  # of a step
+EIGHT_BIT_WARPS = 8  # of NVIDIA's, whose threads have not the registers for both forms of the keys
 
 
 @triton.jit
@@ -132,7 +133,7 @@ def mla_decode(
         tables.shape[1],
         scale,
         **_constants(latent, width - latent, splits),
-        num_warps=NUM_WARPS,
+        num_warps=NUM_WARPS if kv_scales is None or torch.version.hip else EIGHT_BIT_WARPS,
         num_stages=num_stages(),
     )
     if splits == 1:
@@ -163,9 +164,10 @@ def _specialization(splits: int, stored: str) -> Specialization:
         | {"rows": "i32", "heads": "i32:16", "block_size": "i32:16", "max_blocks": "i32", "scale": "fp32"}
         | scales,
         constants=_constants(512, 64, splits) | ({} if scales else {"scales_ptr": None}),
-        num_warps=NUM_WARPS,
+        num_warps=EIGHT_BIT_WARPS if scales else NUM_WARPS,
         num_stages=NUM_STAGES,
         amd_stages=AMD_STAGES,
+        amd_warps=NUM_WARPS,
         targets=NVIDIA_FP8 if stored.startswith("fp8") else tuple(TARGETS),
     )
 
