@@ -82,12 +82,15 @@ def test_the_engine_and_the_trainer_need_no_more_than_the_script_says(tmp_path):
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests" / "gpu" / "bare")!r})
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
+from importlib.machinery import PathFinder
+class Visible(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
         top = name.partition(".")[0]
         if top in {sorted(hidden)!r} and top != "msgspec":
-            raise ModuleNotFoundError(name, name=name)
-sys.meta_path.insert(0, Hidden())
+            return None
+        return PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Visible
 import msgspec
 assert not hasattr(msgspec, "json")
 import torch
