@@ -203,9 +203,9 @@ class RequestTracker:
         self.prompt = prompt
         self.sequences = [_Sequence(i, request, tokenizer) for i in range(request.num_sequences)]
         self.moved: list[_Sequence] = []  # since an output was taken
+        self._request_id, self._prompt_token_ids = request.request_id, request.prompt_token_ids
         self._picks_best = request.num_sequences > request.sampling.n
-        self._wants_prompt_logprobs = request.sampling.prompt_logprobs is not None
-        self._prompt_logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: list[TokenLogprob] | None = None if request.sampling.prompt_logprobs is None else []
         self._cached = 0
         self._events: tuple[RequestEvent, ...] = ()
         self._pooled: list[Any] = []
@@ -217,7 +217,7 @@ class RequestTracker:
 
     def add(self, sequence: _Sequence, update: RequestUpdate) -> bool:
         """Take in one sequence's news; True where the core must end that sequence."""
-        if update.prompt_logprobs:
+        if update.prompt_logprobs and self._prompt_logprobs is not None:
             self._prompt_logprobs = list(update.prompt_logprobs)
         if update.events:
             self._cached = max(self._cached, update.num_cached_tokens)
@@ -235,9 +235,19 @@ class RequestTracker:
         if not moved or (self._picks_best and self.num_running):
             return None
         self.moved = []
-        if self._picks_best:
-            return self.final()
-        return self._output([sequence.take() for sequence in moved] if len(moved) > 1 else [moved[0].take()])
+        if len(moved) > 1 or self._picks_best:
+            return self._output([sequence.take() for sequence in (self._best() if self._picks_best else moved)])
+        return RequestOutput(
+            self._request_id,
+            self.prompt,
+            self._prompt_token_ids,
+            [moved[0].take()],
+            not self.num_running,
+            self._prompt_logprobs,
+            self._cached,
+            self._events,
+            self._pooled,
+        )
 
     def take_text(self) -> tuple[str, int] | None:
         """The text that is new and of how many tokens it is; None where that is not all there is to be taken."""
@@ -259,7 +269,7 @@ class RequestTracker:
             self.request.prompt_token_ids,
             outputs,
             not self.num_running,
-            self._prompt_logprobs if self._wants_prompt_logprobs else None,
+            self._prompt_logprobs,
             self._cached,
             self._events,
             self._pooled,

@@ -124,7 +124,7 @@ class InputBatch:
         """What the model reads for the tokens of ``step``."""
         longest = -(-int((step.starts + step.counts).max()) // self.block_size)
         rows = [
-            StepRows(table[:, :longest][step.slots], step.starts, step.counts, group.window)
+            StepRows(table[:, :longest].take(step.slots, axis=0), step.starts, step.counts, group.window)
             for group, table in zip(self.groups, self.tables, strict=True)
         ]
         token_ids, positions = self._new_tokens(step)

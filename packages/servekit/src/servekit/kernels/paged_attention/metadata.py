@@ -146,8 +146,10 @@ def build_metadata(
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy of ``array`` there; of a GPU by pinned memory, so that the host does not wait for it."""
+    """``array`` there, on a CPU as it is; a copy goes by pinned memory to a GPU, so that the host does not wait for it."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cpu":
+        return tensor
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
