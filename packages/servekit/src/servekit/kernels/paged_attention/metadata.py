@@ -146,7 +146,7 @@ def build_metadata(
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """``array`` there, on a CPU as it is; a copy goes by pinned memory to a GPU, so that the host does not wait for it."""
+    """``array`` there: on a CPU as it is, to a GPU by pinned memory, so that the host does not wait for it."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cpu":
         return tensor
