@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from servekit.kernels.native import Format, Pool, native_library
+from servekit.kernels.native.memory import HUGE_PAGE, aligned
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "8-bit": 1.0, "4-bit": 0.625}  # of a layer's weight
 HEAD_BYTES = BYTES | {"4-bit": 1.0}  # of the vocabulary's: its errors are seen in every logit
@@ -40,15 +39,22 @@ SMOLLM2_135M = Shape(106_168_320, 28_311_552, 2 * 3 * 64 * 30, 9 * 64 * 30)
 
 @dataclass(frozen=True)
 class Bounds:
-    """``read`` in bytes a second, ``peak`` of each width of weights in operations a second."""
+    """``read`` in bytes a second, ``peak`` of each width of weights in operations a second.
+
+    ``alone``: the peaks of one thread. ``huge``: the share of what was read that the system maps by pages of 2 MiB.
+    """
 
     read: float
     peak: dict[str, float]
+    alone: dict[str, float]
+    huge: float
 
     def figures(self) -> dict[str, float]:
-        return {"read bandwidth, GB/s": self.read / 1e9} | {
-            f"peak of {family}, GFLOP/s": peak / 1e9 for family, peak in self.peak.items()
-        }
+        found = {"read bandwidth, GB/s": self.read / 1e9, "of that by huge pages": self.huge}
+        for family, peak in self.peak.items():
+            found[f"peak of {family}, GFLOP/s"] = peak / 1e9
+            found[f"peak of {family} of one thread, GFLOP/s"] = self.alone[family] / 1e9
+        return found
 
     def tokens_per_second(self, family: str, workload: Any, shape: Shape) -> float:
         """Of a workload whose requests run together: a step reads all weights and what it looks at of the cache."""
@@ -71,8 +77,10 @@ def measure_bounds(threads: int) -> Bounds:
     library = native_library()
     if library is None:
         raise SystemExit("the CPU kernels were not built: there is nothing to measure")
-    pool = Pool(library, threads)
-    return Bounds(_read(threads), {family: _peak(library, pool, format) for family, format in FORMATS.items()})
+    pool, one = Pool(library, threads), Pool(library, 1)
+    peaks = [{family: _peak(library, p, format) for family, format in FORMATS.items()} for p in (pool, one)]
+    read, huge = _read(library, pool)
+    return Bounds(read, *peaks, huge)
 
 
 def _best(work: Any, rounds: int) -> float:
@@ -84,14 +92,23 @@ def _best(work: Any, rounds: int) -> float:
     return min(taken)
 
 
-def _read(threads: int) -> float:
-    """By torch's sum over more than any cache holds, which every thread reads a part of."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    numbers = torch.from_numpy(np.ones(READ_BYTES // 4, np.float32))
-    taken = _best(lambda: numbers.sum(), 7)
-    torch.set_num_threads(before)
-    return READ_BYTES / taken
+def _read(library: Any, pool: Pool) -> tuple[float, float]:
+    """Bytes a second of more than any cache holds, in memory like that of the weights, and how much of it is huge."""
+    before = _huge_bytes()
+    numbers = aligned(READ_BYTES, HUGE_PAGE)
+    numbers.fill(1)
+    huge = (_huge_bytes() - before) / READ_BYTES
+    taken = _best(lambda: library.c.sk_read(pool.handle, numbers.ctypes.data, READ_BYTES), 7)
+    return READ_BYTES / taken, huge
+
+
+def _huge_bytes() -> int:
+    """Of this process, in huge pages."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages:"))
 
 
 def _peak(library: Any, pool: Pool, format: Format) -> float:

@@ -2,6 +2,9 @@
 //
 // Keys of a block lie as [head_dim / DEPTH][block_size][DEPTH], values as [block_size / DEPTH][head_dim][DEPTH]: both
 // are what a product's tile reads, so scores and their use run on the same instructions as the linear layers.
+//
+// Of keys and values of 8 bits a tile's blocks are spread to bf16 first, which holds them exactly, once for all queries
+// of the tile; scales come in afterwards: those of keys as factors of scores, those of values as factors of weights.
 
 namespace {
 
@@ -133,6 +136,7 @@ class QueryTile {
     total_ = reinterpret_cast<float*>(take(n * 4));
     weights_ = reinterpret_cast<Value*>(take(n * KEY_TILE * sizeof(Value)));
     queries_ = reinterpret_cast<Value*>(take(n * width_ * sizeof(Value)));
+    if (is_bytes()) spread_ = reinterpret_cast<uint16_t*>(take(static_cast<size_t>(KEY_TILE) * width_ * 2));
   }
 
   void run() {
@@ -154,24 +158,47 @@ class QueryTile {
   }
 
  private:
+  bool is_bytes() const { return op_.cache.format == SK_I8; }
+  size_t head_bytes() const {
+    return static_cast<size_t>(size_) * width_ * (is_bytes() ? 1 : D::DEPTH == 2 ? 2 : 4);
+  }
+
   void turn(int64_t first, int num_keys) {
     const int num_blocks = (num_keys + size_ - 1) / size_;
     const uint8_t* keys[KEY_TILE / 8];
     const uint8_t* values[KEY_TILE / 8];
-    const size_t item = D::DEPTH == 2 ? 2 : 4;
-    const size_t head_bytes = static_cast<size_t>(size_) * width_ * item;
-    const size_t block_bytes = head_bytes * op_.cache.kv_heads;
+    alignas(64) float key_scales[KEY_TILE], value_scales[KEY_TILE];
+    const size_t halves = static_cast<size_t>(op_.cache.num_blocks) * op_.cache.kv_heads;  // from keys to values
     const auto* base = static_cast<const uint8_t*>(op_.cache.data);
     for (int b = 0; b < num_blocks; ++b) {
-      keys[b] = base + static_cast<size_t>(task_.table[first / size_ + b]) * block_bytes + task_.kv_head * head_bytes;
-      values[b] = keys[b] + static_cast<size_t>(op_.cache.num_blocks) * block_bytes;
+      const size_t place = static_cast<size_t>(task_.table[first / size_ + b]) * op_.cache.kv_heads + task_.kv_head;
+      keys[b] = base + place * head_bytes();
+      values[b] = keys[b] + halves * head_bytes();
+      if (!is_bytes()) continue;
+      const size_t bytes = static_cast<size_t>(size_) * 4;
+      std::memcpy(key_scales + b * size_, op_.cache.scales + place * size_, bytes);
+      std::memcpy(value_scales + b * size_, op_.cache.scales + (halves + place) * size_, bytes);
     }
     const bool is_short = rows_ <= FEW_ROWS;  // memory is waited for: ask for what comes next while there is work
-    if (is_short) ask(values, num_blocks, head_bytes);
+    if (is_short) ask(values, num_blocks, head_bytes());
+    if (is_bytes()) spread(keys, num_blocks);
     score(keys, num_blocks);
     if (is_short) ask_after(first + num_keys);
-    for (int r = 0; r < rows_; ++r) weigh(r, first, num_keys);
+    if (is_bytes())
+      for (int r = 0; r < rows_; ++r) weigh<true>(r, first, num_keys, key_scales, value_scales);
+    else
+      for (int r = 0; r < rows_; ++r) weigh<false>(r, first, num_keys, nullptr, nullptr);
+    if (is_bytes()) spread(values, num_blocks);
     use(values, num_keys);
+  }
+
+  // Makes blocks of bytes ones of bf16, and `blocks` point to those.
+  void spread(const uint8_t** blocks, int count) {
+    const size_t numbers = static_cast<size_t>(size_) * width_;
+    for (int b = 0; b < count; ++b) {
+      bytes_to_bf16(reinterpret_cast<const int8_t*>(blocks[b]), numbers, spread_ + b * numbers);
+      blocks[b] = reinterpret_cast<const uint8_t*>(spread_ + b * numbers);
+    }
   }
 
   static void ask(const uint8_t* const* parts, int count, size_t bytes) {
@@ -184,13 +211,12 @@ class QueryTile {
     const AttentionTask* task = first < task_.last_key ? &task_ : next_;
     if (!task) return;
     if (task == next_) first = task->first_key;
-    const size_t head_bytes = static_cast<size_t>(size_) * width_ * (D::DEPTH == 2 ? 2 : 4);
     const auto* base = static_cast<const uint8_t*>(op_.cache.data);
     const int64_t last = first + KEY_TILE < task->last_key ? first + KEY_TILE : task->last_key;
     for (int64_t key = first; key < last; key += size_) {
       const size_t block = static_cast<size_t>(task->table[key / size_]) * op_.cache.kv_heads + task->kv_head;
-      const uint8_t* at = base + block * head_bytes;
-      ask(&at, 1, head_bytes);
+      const uint8_t* at = base + block * head_bytes();
+      ask(&at, 1, head_bytes());
     }
   }
 
@@ -212,7 +238,8 @@ class QueryTile {
   }
 
   // Scores become weights: the softmax so far.
-  void weigh(int r, int64_t first, int num_keys) {
+  template <bool scaled>
+  void weigh(int r, int64_t first, int num_keys, const float* key_scales, const float* value_scales) {
     float* s = scores_ + static_cast<size_t>(r) * KEY_TILE;
     Value* p = weights_ + static_cast<size_t>(r) * KEY_TILE;
     const int64_t position = task_.start + r / groups_;
@@ -221,35 +248,35 @@ class QueryTile {
     const int last = after < num_keys ? static_cast<int>(after < 0 ? 0 : after) : num_keys;
     const int padded = (num_keys + LANES - 1) / LANES * LANES;
     const int begin = before <= 0 ? 0 : before < padded ? static_cast<int>(before) : padded;
+    if (scaled)
+      for (int c = 0; c < padded; c += LANES) store(s + c, load(s + c) * load(key_scales + c));
     for (int c = 0; c < begin; ++c) s[c] = NOTHING;
     for (int c = last; c < padded; ++c) s[c] = NOTHING;
     vf most = all(NOTHING);
+    float by = op_.scale;
     if (op_.soft_cap > 0) {
-      const vf by = all(2.0f * op_.scale / op_.soft_cap);
+      by = 1.0f;
+      const vf steep = all(2.0f * op_.scale / op_.soft_cap);
       for (int c = 0; c < padded; c += LANES) {
         const vf x = load(s + c);
-        const vf bent = op_.soft_cap * (1.0f - 2.0f / (exponential(x * by) + 1.0f));
+        const vf bent = op_.soft_cap * (1.0f - 2.0f / (exponential(x * steep) + 1.0f));
         const vf y = x == NOTHING ? all(NOTHING) : bent;
         store(s + c, y);
         most = larger(most, y);
       }
     } else {
-      for (int c = 0; c < padded; c += LANES) {
-        const vf y = load(s + c) * op_.scale;
-        store(s + c, y);
-        most = larger(most, y);
-      }
+      for (int c = 0; c < padded; c += LANES) most = larger(most, load(s + c));
     }
-    const float old = highest_[r], top = highest(most) > old ? highest(most) : old;
+    const float old = highest_[r], new_top = highest(most) * by, top = new_top > old ? new_top : old;
     vf sums = {};
     const float base = top == NOTHING ? 0.0f : top;
     for (int c = 0; c < padded; c += LANES) {
-      const vf e = exponential(load(s + c) - base);
-      D::put_all(p + c, e);
+      const vf e = exponential(load(s + c) * by - base);
+      D::put_all(p + c, scaled ? (e == 0.0f ? vf{} : e * load(value_scales + c)) : e);  // where nobody looks is no scale
       sums += e;
     }
     if (num_keys < KEY_TILE && num_keys % 2) D::put(p + num_keys, 0.0f);
-    const float fade = old == NOTHING ? 0.0f : std::exp(old - top);
+    const float fade = old == top ? 1.0f : old == NOTHING ? 0.0f : std::exp(old - top);
     highest_[r] = top;
     total_[r] = total_[r] * fade + sum(sums);
     if (fade != 1.0f) {
@@ -306,6 +333,7 @@ class QueryTile {
   const int groups_, rows_, width_, size_;
   float *scores_, *out_, *highest_, *total_;
   Value *weights_, *queries_;
+  uint16_t* spread_ = nullptr;
 };
 
 void attention(const Attention& op, const AttentionTask& task, const AttentionTask* next, Scratch scratch) {

@@ -35,20 +35,23 @@ constexpr int i4_vectors(int rows) {  // sums of whole numbers and of floats
   return rows > 1 ? 1 : 4;
 }
 
-// What a tile asks memory for while it multiplies: `lines` of each step of the columns that are read next.
+// What a tile asks memory for while it multiplies: `lines` of each step of the columns that are read next, and the rows
+// of the next tile, which follow one another: a line a step is more than there is.
 struct Ahead {
   const uint8_t* at;
   int lines;
+  const uint8_t* rows;
   void ask(size_t step) const {
     for (int i = 0; i < lines; ++i) __builtin_prefetch(at + step * ROW + i * LINE, 0, 2);
+    __builtin_prefetch(rows + step * LINE, 0, 2);
   }
 };
 
 template <class D, int MR, int NV>
 inline void sum_tile(const typename D::Value* x, size_t stride, const uint8_t* w, size_t row, int steps,
-                     vf (&sums)[MR][NV], Ahead ahead = {nullptr, 0}) {
+                     vf (&sums)[MR][NV], const Ahead* ahead = nullptr) {
   for (int s = 0; s < steps; ++s, w += row, x += D::DEPTH) {
-    ahead.ask(static_cast<size_t>(s));
+    if (ahead) ahead->ask(static_cast<size_t>(s));
     typename D::Weights weights[NV];
     for (int v = 0; v < NV; ++v) weights[v] = D::load(w + v * VECTOR);
     for (int r = 0; r < MR; ++r)
@@ -61,7 +64,7 @@ template <class D, int MR, int NV>
 void float_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first, float* out, Ahead ahead) {
   const auto* values = static_cast<const typename D::Value*>(x.data) + static_cast<size_t>(first) * x.stride;
   vf sums[MR][NV] = {};
-  sum_tile<D, MR, NV>(values, x.stride, at, ROW, w.k / D::DEPTH, sums, ahead);
+  sum_tile<D, MR, NV>(values, x.stride, at, ROW, w.k / D::DEPTH, sums, &ahead);
   for (int r = 0; r < MR; ++r)
     for (int u = 0; u < NV; ++u) store(out + r * PANEL + u * LANES, sums[r][u]);
 }
@@ -194,7 +197,7 @@ void finish(const sk_matrix& w, Slice slice, float* tile, int rows, int first, i
     if (epilogue == SK_SWIGLU) {  // 32 gates, and the 32 that they let through
       for (int c = 0; c < PANEL / 2; c += LANES) {
         const vf gate = load(sums + c), up = load(sums + PANEL / 2 + c);
-        store(sums + c, gate / (exponential(-gate) + 1.0f) * up);
+        store(sums + c, quotient(gate, exponential(-gate) + 1.0f) * up);
       }
     }
     const int from = epilogue == SK_SWIGLU ? column / 2 : column, width = epilogue == SK_SWIGLU ? PANEL / 2 : columns;
@@ -209,6 +212,18 @@ void finish(const sk_matrix& w, Slice slice, float* tile, int rows, int first, i
   }
 }
 
+// What `finish` is about to write lies far away: in the caches that cores share, or in memory.
+void ask_for_targets(const sk_rows& out, Slice slice, int first, int rows, int epilogue) {
+  const int column = slice.panel * PANEL + slice.first;
+  const size_t item = out.format == SK_BF16 ? 2 : 4;
+  const size_t from = (epilogue == SK_SWIGLU ? column / 2 : column) * item;
+  const size_t bytes = (epilogue == SK_SWIGLU ? PANEL / 2 : slice.columns) * item;
+  const auto* data = static_cast<const uint8_t*>(out.data) + from;
+  for (int r = 0; r < rows; ++r)
+    for (size_t at = 0; at < bytes; at += LINE)
+      __builtin_prefetch(data + static_cast<size_t>(first + r) * out.stride * item + at, 1, 3);
+}
+
 size_t panel_bytes(const sk_matrix& w) {
   switch (w.format) {
     case SK_F32: return static_cast<size_t>(w.k) * PANEL * 4;
@@ -220,6 +235,11 @@ size_t panel_bytes(const sk_matrix& w) {
 
 const uint8_t* weights_of(const sk_matrix& w, Slice slice) {
   return static_cast<const uint8_t*>(w.data) + static_cast<size_t>(slice.panel) * panel_bytes(w) + slice.first * 4;
+}
+
+const uint8_t* row_of(const sk_rows& x, int row) {
+  const size_t item = x.format == SK_F32 ? 4 : x.format == SK_BF16 ? 2 : 1;
+  return static_cast<const uint8_t*>(x.data) + static_cast<size_t>(row) * x.stride * item;
 }
 
 void linear(const sk_matrix& w, const sk_rows& x, Slice slice, int first, int last, int epilogue, const sk_rows& out,
@@ -241,9 +261,10 @@ void linear(const sk_matrix& w, const sk_rows& x, Slice slice, int first, int la
       const bool asks = then && !is_far && (more ? is_first : is_last);
       for (int t = 0; t < tiles; ++t) {
         const int from = rows * t / tiles, count = rows * (t + 1) / tiles - from;
-        Ahead ahead = {nullptr, 0};
+        Ahead ahead = {nullptr, 0, row_of(x, row + from + count)};
+        if (!more) ask_for_targets(out, slice, row + from, count, epilogue);
         const int begin = lines * t / tiles, end = lines * (t + 1) / tiles;
-        if (asks && begin < end) ahead = {then + begin * LINE, end - begin};
+        if (asks && begin < end) ahead.at = then + begin * LINE, ahead.lines = end - begin;
         tile_of(count, vectors, w.format)(w, weights + v * VECTOR, x, row + from, buffer + from * PANEL + v * LANES,
                                           ahead);
       }
@@ -258,52 +279,42 @@ void linear(const sk_matrix& w, const sk_rows& x, Slice slice, int first, int la
 namespace {
 
 // Products of numbers that stay in registers: what the instructions can do, in operations. They come from `out`, and
-// go there, so that the compiler must do them all.
-template <class D>
+// go there, so that the compiler must do them all. Sums begin apart, or it would see that they are one.
+template <class D, int SUMS>
 double multiply_only(int rounds, float* out) {
-  constexpr int MR = MOST_SUMS / 2;
-  const auto* w = reinterpret_cast<const uint8_t*>(out);
   const auto* x = reinterpret_cast<const typename D::Value*>(out);
-  vf sums[MR][2] = {};
-  const typename D::Weights weights = D::load(w);
+  vf sums[SUMS];
+#pragma GCC unroll 32
+  for (int s = 0; s < SUMS; ++s) sums[s] = all(out[s % 16] + static_cast<float>(s));
+  const typename D::Weights weights = D::load(reinterpret_cast<const uint8_t*>(out));
   for (int i = 0; i < rounds; ++i)
-    for (int r = 0; r < MR; ++r)
-      for (int v = 0; v < 2; ++v) {
-        sums[r][v] = D::add(sums[r][v], weights, x);
-#if defined(__x86_64__)
-        asm volatile("" : "+v"(sums[r][v]));
-#elif defined(__aarch64__)
-        asm volatile("" : "+w"(sums[r][v]));
-#endif
-      }
+#pragma GCC unroll 32
+    for (int s = 0; s < SUMS; ++s) sums[s] = D::add(sums[s], weights, x);
   vf total = {};
-  for (int r = 0; r < MR; ++r) total += sums[r][0] + sums[r][1];
+  for (int s = 0; s < SUMS; ++s) total += sums[s];
   store(out, total);
-  return 2.0 * rounds * MR * 2 * LANES * D::DEPTH;
+  return 2.0 * rounds * SUMS * LANES * D::DEPTH;
 }
 
+template <int SUMS>
 double multiply_bytes_only(int rounds, float* out) {
   const auto* x = reinterpret_cast<const int8_t*>(out);
-  vi sums[MOST_SUMS] = {};
+  vi sums[SUMS];
+#pragma GCC unroll 32
+  for (int s = 0; s < SUMS; ++s) sums[s] = all_int(static_cast<int32_t>(out[s % 16]) + s);
   const vu weights = load_words(out);
   for (int i = 0; i < rounds; ++i)
-    for (int s = 0; s < MOST_SUMS; ++s) {
-      sums[s] = dot4<true>(sums[s], weights, x);
-#if defined(__x86_64__)
-      asm volatile("" : "+v"(sums[s]));
-#elif defined(__aarch64__)
-      asm volatile("" : "+w"(sums[s]));
-#endif
-    }
+#pragma GCC unroll 32
+    for (int s = 0; s < SUMS; ++s) sums[s] = dot4<true>(sums[s], weights, x);
   vi total = {};
-  for (int s = 0; s < MOST_SUMS; ++s) total += sums[s];
+  for (int s = 0; s < SUMS; ++s) total += sums[s];
   store(out, to_float(total));
-  return 2.0 * rounds * MOST_SUMS * LANES * 4;
+  return 2.0 * rounds * SUMS * LANES * 4;
 }
 
 double peak(int format, int rounds, float* out) {
-  if (format == SK_F32) return multiply_only<F32>(rounds, out);
-  return format == SK_BF16 ? multiply_only<BF16>(rounds, out) : multiply_bytes_only(rounds, out);
+  if (format == SK_F32) return multiply_only<F32, MOST_SUMS>(rounds, out);
+  return format == SK_BF16 ? multiply_only<BF16, MOST_SUMS>(rounds, out) : multiply_bytes_only<MOST_SUMS>(rounds, out);
 }
 
 }  // namespace

@@ -19,7 +19,8 @@ void pack(Pool& pool, int32_t format, int32_t n, int32_t k, const void* const* r
 
 size_t attention_scratch(const Attention& op) {
   const size_t groups = op.heads / op.cache.kv_heads, rows = std::max<size_t>(groups, QUERY_ROWS) + groups;
-  return rows * (KEY_TILE * 8 + static_cast<size_t>(op.cache.padded_dim) * 8 + 8) + 1024;
+  const size_t spread = op.cache.format == SK_I8 ? static_cast<size_t>(KEY_TILE) * op.cache.padded_dim * 2 : 0;
+  return rows * (KEY_TILE * 8 + static_cast<size_t>(op.cache.padded_dim) * 8 + 8) + spread + 1024;
 }
 
 namespace {
@@ -83,6 +84,7 @@ struct Operation {
 };
 
 constexpr int PEAK_PARTS = 64;
+constexpr int64_t READ_PART = 1 << 18;   // words
 constexpr int64_t SMALL_STEP = 1 << 19;  // multiplications, or numbers read: less is done before another thread wakes
 
 int share(int64_t count, int part) { return static_cast<int>((count + part - 1) / part); }
@@ -574,6 +576,23 @@ double sk_peak(sk_pool* pool, int32_t format, int32_t rounds) {
       const double done = kernels().peak(format, rounds, out);
       for (double before = all; !all.compare_exchange_weak(before, before + done);) {
       }
+    }
+  };
+  pool->pool.run(part);
+  return all;
+}
+
+uint64_t sk_read(sk_pool* pool, const void* data, int64_t bytes) {
+  const auto* words = static_cast<const uint64_t*>(data);
+  const int64_t count = bytes / 8, parts = (count + READ_PART - 1) / READ_PART;
+  std::atomic<int64_t> next{0};
+  std::atomic<uint64_t> all{0};
+  const auto part = [&](int) {
+    for (int64_t i = next++; i < parts; i = next++) {
+      const int64_t first = i * READ_PART, last = std::min(count, first + READ_PART);
+      uint64_t sum = 0;
+      for (int64_t at = first; at < last; ++at) sum += words[at];
+      all += sum;
     }
   };
   pool->pool.run(part);

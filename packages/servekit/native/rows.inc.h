@@ -104,19 +104,49 @@ inline void turn(const float* x, const float* cosines, const float* sines, int h
   }
 }
 
+// The numbers of a head as whole ones of at most 127; what these are times, which is no number where one of them is not.
+inline float whole_numbers(const float* x, int count, int8_t* out) {
+  vf mosts = {}, broken = {};
+  int d = 0;
+  for (; d + LANES <= count; d += LANES) {
+    const vf v = load(x + d);
+    mosts = larger(mosts, larger(v, -v));
+    broken += v - v;  // NaN once there is a NaN or an infinity
+  }
+  float most = highest(mosts), rest = sum(broken);
+  for (; d < count; ++d) {
+    most = std::fabs(x[d]) > most ? std::fabs(x[d]) : most;
+    rest += x[d] - x[d];
+  }
+  const bool is_sound = rest == 0.0f;
+  const float inverse = is_sound && most > 0 ? 127.0f / most : 0.0f;
+  vi ignored = {};
+  for (d = 0; is_sound && d + LANES <= count; d += LANES) store_bytes(out + d, load(x + d) * inverse, &ignored);
+  for (; d < count; ++d) out[d] = is_sound ? static_cast<int8_t>(std::nearbyint(x[d] * inverse)) : int8_t{0};
+  return is_sound ? most / 127.0f : NAN;
+}
+
 // `Stored` is what the cache holds, in groups of DEPTH: [width / DEPTH][block_size][DEPTH] for keys, and
 // [block_size / DEPTH][width][DEPTH] for values.
 template <class D, class Stored, int DEPTH>
 void rotary_as(const servekit::Rotary& op, int token, int64_t position, const int32_t* table, bool is_last) {
+  constexpr bool is_bytes = sizeof(Stored) == 1;
+  constexpr size_t group_bytes = DEPTH * sizeof(Stored);
   const int width = op.cache.head_dim, half = width / 2, padded = op.cache.padded_dim, size = op.cache.block_size;
   const int kv_heads = op.cache.kv_heads;
   const float* from = static_cast<const float*>(op.qkv.data) + static_cast<size_t>(token) * op.qkv.stride;
   const float *cosines = op.angles + position * width, *sines = cosines + half;
   auto* queries = static_cast<typename D::Value*>(op.queries.data) + static_cast<size_t>(token) * op.queries.stride;
-  const size_t block_values = static_cast<size_t>(kv_heads) * size * padded;
-  Stored* keys = static_cast<Stored*>(op.cache.data) + static_cast<size_t>(table[position / size]) * block_values;
-  Stored* values = keys + static_cast<size_t>(op.cache.num_blocks) * block_values;
+  const size_t head_values = static_cast<size_t>(size) * padded;
+  const size_t place = static_cast<size_t>(table[position / size]) * kv_heads;  // of the block's first head
+  const size_t halves = static_cast<size_t>(op.cache.num_blocks) * kv_heads;    // from keys to values
+  Stored* keys = static_cast<Stored*>(op.cache.data) + place * head_values;
+  Stored* values = keys + halves * head_values;
   const int offset = static_cast<int>(position % size);
+  const auto keep_scale = [&](size_t head, float scale) { op.cache.scales[(place + head) * size + offset] = scale; };
+  for (int head = 0; head < kv_heads; ++head)  // each pair of numbers is in a line of its own: ask while queries turn
+    for (int d = 0; d < width; d += DEPTH)
+      __builtin_prefetch(keys + static_cast<size_t>(head) * head_values + static_cast<size_t>(d) * size + offset * DEPTH, 1);
   alignas(64) float normed[512], turned[512];
   alignas(64) Stored ready[512];
   for (int head = 0; head < op.heads + kv_heads; ++head) {
@@ -132,13 +162,17 @@ void rotary_as(const servekit::Rotary& op, int token, int64_t position, const in
       copy_as(queries + static_cast<size_t>(head) * padded, turned, width);
       continue;
     }
-    copy_as(ready, turned, width);
-    Stored* target = keys + static_cast<size_t>(head - op.heads) * size * padded + offset * DEPTH;
-    for (int d = 0; d < width; d += DEPTH) std::memcpy(target + static_cast<size_t>(d) * size, ready + d, 4);
+    const size_t key_head = static_cast<size_t>(head - op.heads);
+    if constexpr (is_bytes) keep_scale(key_head, whole_numbers(turned, width, ready));
+    else copy_as(ready, turned, width);
+    Stored* target = keys + key_head * head_values + offset * DEPTH;
+    for (int d = 0; d < width; d += DEPTH) std::memcpy(target + static_cast<size_t>(d) * size, ready + d, group_bytes);
   }
   for (int head = 0; head < kv_heads; ++head) {
-    copy_as(ready, from + static_cast<size_t>(op.heads + kv_heads + head) * width, width);
-    Stored* target = values + static_cast<size_t>(head) * size * padded;
+    const float* x = from + static_cast<size_t>(op.heads + kv_heads + head) * width;
+    if constexpr (is_bytes) keep_scale(halves + static_cast<size_t>(head), whole_numbers(x, width, ready));
+    else copy_as(ready, x, width);
+    Stored* target = values + static_cast<size_t>(head) * head_values;
     target += static_cast<size_t>(offset / DEPTH) * padded * DEPTH + offset % DEPTH;
     if (DEPTH == 2 && is_last && offset % 2 == 0)  // its partner is read with it: it must be a number
       for (int d = 0; d < width; ++d) {
@@ -151,8 +185,11 @@ void rotary_as(const servekit::Rotary& op, int token, int64_t position, const in
 }
 
 void rotary(const servekit::Rotary& op, int token, int64_t position, const int32_t* table, bool is_last) {
-  if (op.cache.format == SK_F32) rotary_as<F32, float, 1>(op, token, position, table, is_last);
-  else rotary_as<BF16, uint16_t, 2>(op, token, position, table, is_last);
+  switch (op.cache.format) {
+    case SK_F32: return rotary_as<F32, float, 1>(op, token, position, table, is_last);
+    case SK_I8: return rotary_as<BF16, int8_t, 2>(op, token, position, table, is_last);
+    default: return rotary_as<BF16, uint16_t, 2>(op, token, position, table, is_last);
+  }
 }
 
 bool argmax(const float* x, int64_t cols, float above, int64_t* id, float* best) {

@@ -16,7 +16,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define SK_API_VERSION 3
+#define SK_API_VERSION 4
 #define SK_MAX_GROUPS 8
 
 typedef enum { SK_F32 = 0, SK_BF16 = 1, SK_I8 = 2, SK_I4 = 3 } sk_format;
@@ -48,11 +48,13 @@ typedef struct {
   int32_t k; /* padded, see sk_padded_k */
 } sk_matrix;
 
-/* A layer's keys and values: key blocks, then value blocks, each [num_blocks][kv_heads][block_size * padded width]. */
+/* A layer's keys and values: key blocks, then value blocks, each [num_blocks][kv_heads][block_size * padded width].
+ * Whole numbers of 8 bits have a scale for each head of each token, [2][num_blocks][kv_heads][block_size]. */
 typedef struct {
   void* data;
+  float* scales; /* SK_I8 */
   int64_t num_blocks;
-  int32_t format; /* SK_F32 or SK_BF16 */
+  int32_t format; /* SK_F32, SK_BF16 or SK_I8 */
   int32_t block_size;
   int32_t kv_heads;
   int32_t head_dim;
@@ -125,6 +127,8 @@ void sk_argmax(sk_pool* pool, const float* logits, int64_t rows, int64_t cols, i
 /* Multiplies and adds numbers that stay in registers, 64 times `rounds`; how many operations that were. What a product
  * with weights of `format` could do at most. */
 double sk_peak(sk_pool* pool, int32_t format, int32_t rounds);
+/* Reads all of it, and gives the sum of its words of 8 bytes, so that it must. */
+uint64_t sk_read(sk_pool* pool, const void* data, int64_t bytes);
 
 #if defined(__GNUC__)
 #pragma GCC visibility pop

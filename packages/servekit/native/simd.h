@@ -60,9 +60,32 @@ inline int32_t sum(vi x) {
 }
 #endif
 
-// e ** x to about 2 units in the last place; 0 below -87 (Moshier's Cephes, expf).
+// e ** x to about 2 units in the last place; what is not a number stays so. Far below 0 it is 0.
+#if defined(__AVX512F__)
+// 2 ** n times a polynomial in what is left of x / ln 2, -0.5 .. 0.5: fitted at Chebyshev's points.
 inline vf exponential(vf x) {
-  const vf inside = larger(x < 88.0f ? x : all(88.0f), all(-87.0f));
+  const __m512 least = _mm512_set1_ps(-140.0f), most = _mm512_set1_ps(88.0f);
+  const __m512 inside = _mm512_max_ps(least, _mm512_min_ps(most, (__m512)x));  // the second stays where it is a NaN
+  const __m512 n = _mm512_roundscale_ps(inside * 1.44269502f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vf rest = (vf)inside * 1.92596303e-8f + ((vf)inside * 1.44269502f - (vf)n);
+  vf series = all(1.33908668e-3f);
+  series = series * rest + 9.66637395e-3f;
+  series = series * rest + 5.55035695e-2f;
+  series = series * rest + 2.40223482e-1f;
+  series = series * rest + 6.93147182e-1f;
+  series = series * rest + 1.0f;
+  return (vf)_mm512_scalef_ps((__m512)series, n);
+}
+// a / b to about 2 units in the last place, for b of 1 to 1e38.
+inline vf quotient(vf a, vf b) {
+  const vf guess = (vf)_mm512_rcp14_ps((__m512)b);
+  return a * (guess * (2.0f - b * guess));
+}
+#else
+// Moshier's Cephes, expf.
+inline vf exponential(vf x) {
+  const vf capped = x > 88.0f ? all(88.0f) : x;
+  const vf inside = capped < -87.0f ? all(-87.0f) : capped;
   const vi power = __builtin_convertvector(inside * 1.44269504f + (inside < 0.0f ? all(-0.5f) : all(0.5f)), vi);
   const vf n = to_float(power);
   const vf rest = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -76,6 +99,8 @@ inline vf exponential(vf x) {
   const vf scale = reinterpret_cast<vf>((power + 127) << 23);
   return x < -87.0f ? vf{} : series * scale;
 }
+inline vf quotient(vf a, vf b) { return a / b; }
+#endif
 
 inline uint16_t to_bf16(float x) {
   uint32_t bits;
@@ -113,6 +138,17 @@ inline void store_bytes(int8_t* p, vf x, vi* total) {
   const vi whole = __builtin_convertvector((x + magic) - magic, vi);
   *total += whole;
   *reinterpret_cast<vq_any*>(p) = __builtin_convertvector(whole, vq);
+}
+
+typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
+typedef uint16_t vh_any __attribute__((vector_size(LANES * 2), aligned(1), may_alias));
+
+// Bytes as bf16, in their order: exactly. `count` is a multiple of 16.
+inline void bytes_to_bf16(const int8_t* from, size_t count, uint16_t* to) {
+  for (size_t i = 0; i < count; i += LANES) {
+    const vi whole = __builtin_convertvector(*reinterpret_cast<const vq_any*>(from + i), vi);
+    *reinterpret_cast<vh_any*>(to + i) = __builtin_convertvector(reinterpret_cast<vu>(to_float(whole)) >> 16, vh);
+  }
 }
 
 // One step of a product: LANES columns of a weight, and as many of its rows as fit in 32 bits, times a row's values.

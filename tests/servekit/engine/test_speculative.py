@@ -10,7 +10,8 @@ from tests.tiny import make_folder
 
 from common_platform.errors import ConfigError
 from servekit import LLM, SamplingParams
-from servekit.execution.proposer import NgramProposer, SpeculativeConfig
+from servekit.execution.proposer import NgramProposer
+from servekit.execution.speculative import SpeculativeConfig
 from servekit.sampling.parameters import StructuredOutput
 
 

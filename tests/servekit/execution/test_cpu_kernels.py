@@ -61,6 +61,8 @@ def test_the_kernels_are_those_asked_for(tiny, settings, kind):
         ({"quantization": "int8", "deterministic": True}, "quantization: got int8.*deterministic"),
         ({"quantization": "fp8"}, "quantization: got fp8.*int8 or int4 on a CPU"),
         ({"kernels": "native", "dtype": "float16"}, "kernels: got native.*float16"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: got fp8.*int8 here"),
+        ({"kv_cache_dtype": "int8", "kernels": "reference"}, "kv_cache_dtype: got int8.*kernels is reference"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(tiny, settings, says):
@@ -94,6 +96,8 @@ def exact() -> tuple[list[int], np.ndarray]:
     [
         ({"dtype": "float32"}, 1e-5),
         ({"dtype": "bfloat16"}, 0.02),
+        ({"dtype": "float32", "kv_cache_dtype": "int8"}, 0.02),
+        ({"dtype": "bfloat16", "kv_cache_dtype": "int8"}, 0.03),
         ({"quantization": "int8"}, 0.05),
         ({"quantization": "int4"}, 0.1),
     ],
@@ -101,15 +105,28 @@ def exact() -> tuple[list[int], np.ndarray]:
 def test_lower_precision_costs_little_of_the_likelihood(exact, settings, allowed):
     ids, expected = exact
     executor = executor_of(smollm2(), **settings)
-    found = np.array(executor.score(ids))
+    found = np.array(executor.score(ids, executor.kv_dtype))
     executor.stop()
     assert abs(found.mean() - expected.mean()) < allowed
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
-def test_the_model_still_knows_what_it_knew(quantization):
+def test_keys_and_values_of_8_bits_take_half_the_memory(tiny):
+    sizes = {}
+    for kv_cache_dtype in ("auto", "int8"):
+        executor = executor_of(tiny, dtype="bfloat16", kv_cache_dtype=kv_cache_dtype)
+        sizes[kv_cache_dtype] = executor.bytes_per_block(16)
+        width = executor.model.attentions[0].head_dim
+        executor.stop()
+    assert sizes["int8"] / sizes["auto"] == (width + 4) / (2 * width)  # 4 bytes: the scale
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kv_cache_dtype"), [(None, "auto"), ("int8", "auto"), ("int4", "auto"), (None, "int8")]
+)
+def test_the_model_still_knows_what_it_knew(quantization, kv_cache_dtype):
     known = {"The capital of France is": " Paris", "1, 2, 3, 4, 5, 6, 7,": " 8, 9, 1"}
-    with LLM(smollm2(), quantization=quantization, kv_cache_memory_bytes=64 << 20) as llm:
+    settings = {"quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
+    with LLM(smollm2(), **settings, kv_cache_memory_bytes=64 << 20) as llm:
         outputs = llm.generate(list(known), SamplingParams(max_tokens=8, temperature=0))
     for output, start in zip(outputs, known.values(), strict=True):
         assert output.outputs[0].text.startswith(start)

@@ -83,14 +83,15 @@ void attention(sk_pool* pool, int format, int heads, int kv_heads, int width, in
   const int padded = (width + 15) / 16 * 16, cols = (heads + 2 * kv_heads) * width, all = tokens + 1;
   const int blocks = (all + size - 1) / size;
   std::vector<uint8_t> cache(static_cast<size_t>(2) * (blocks + 1) * size * kv_heads * padded * 4);
-  const sk_cache seen = {cache.data(), blocks + 1, format, size, kv_heads, width, padded, 0};
+  std::vector<float> scales(static_cast<size_t>(2) * (blocks + 1) * size * kv_heads);
+  const sk_cache seen = {cache.data(), scales.data(), blocks + 1, format, size, kv_heads, width, padded, 0};
   std::vector<float> angles(static_cast<size_t>(all) * width);
   for (int p = 0; p < all; ++p)
     for (int d = 0; d < width / 2; ++d)
       angles[static_cast<size_t>(p) * width + d] = std::cos(p * 0.1f * d),
       angles[static_cast<size_t>(p) * width + width / 2 + d] = std::sin(p * 0.1f * d);
   const auto given = numbers(static_cast<size_t>(all) * cols);
-  const int queries_format = format == SK_BF16 ? sk_input_format(SK_BF16) : SK_F32;
+  const int queries_format = format == SK_F32 ? SK_F32 : sk_input_format(SK_BF16);
   Rows qkv(all, cols), queries(all, heads * padded, queries_format), out(all, heads * width);
   const float scale = 1.0f / std::sqrt(static_cast<float>(width));
   sk_program* program = sk_program_new(pool);
@@ -145,7 +146,7 @@ int main() {
     sk_pool* pool = sk_pool_new(threads, threads == 2);
     for (int format : {SK_F32, SK_BF16, SK_I8, SK_I4})
       for (int rows : {1, 3, 13, 67}) products(pool, format, rows, 150, 97 + rows);
-    for (int format : {SK_F32, SK_BF16})
+    for (int format : {SK_F32, SK_BF16, SK_I8})
       for (int size : {8, 16}) attention(pool, format, 6, 2, 40, 77, size);
     sk_pool_free(pool);
   }

@@ -166,7 +166,7 @@ def step_rows(draw, *, rows: int, block_size: int, window: int, longest: int) ->
     block_size=st.sampled_from([8, 16, 32, 64]),
     window=st.sampled_from([0, 0, 1, 7, 100]),
     soft_cap=st.sampled_from([0.0, 5.0]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int8]),
     normed=st.booleans(),
 )
 def test_attention_over_blocks_agrees_with_the_reference(
@@ -179,7 +179,9 @@ def test_attention_over_blocks_agrees_with_the_reference(
     last = step_rows(draw, rows=int(draw.integers(1, 6)), block_size=block_size, window=window, longest=300)
     padded = -(-width // 16) * 16
     num_blocks = last.tables.size + 1
-    cache = torch.full((2, num_blocks, block_size, kv_heads, padded), 0.0, dtype=dtype)
+    numbers = torch.zeros((2, num_blocks, block_size, kv_heads, padded), dtype=dtype)
+    scales = torch.zeros(numbers.shape[:4]) if dtype == torch.int8 else None
+    cache = Cache(numbers, width, 0, scales)
     plain = torch.zeros(2, num_blocks, block_size, kv_heads, width, dtype=torch.float64)
     longest = last.tables.shape[1] * block_size
     angles = torch.cat((torch.randn(longest, width // 2), torch.randn(longest, width // 2)), dim=1) / 2
@@ -189,7 +191,7 @@ def test_attention_over_blocks_agrees_with_the_reference(
     stale = torch.full((len(starts) * longest, (num_heads + 2 * kv_heads) * width), float("nan"))
     everywhere = StepRows(last.tables, starts, whole, window)
     places = torch.arange(longest).repeat(len(starts))
-    native_attention(pool, stale, places, everywhere, cache, angles, norms, num_heads, width, soft_cap)
+    native_attention(pool, stale, places, everywhere, cache, angles, norms, num_heads, soft_cap)
     steps = [StepRows(last.tables, starts, last.starts, window), last]
     for rows in steps:
         present = np.flatnonzero(rows.counts)
@@ -199,24 +201,31 @@ def test_attention_over_blocks_agrees_with_the_reference(
         tokens = int(rows.counts.sum())
         qkv = torch.randn(tokens, (num_heads + 2 * kv_heads) * width)
         positions = torch.cat([torch.arange(s, s + c) for s, c in zip(rows.starts, rows.counts, strict=True)])
-        found = native_attention(pool, qkv, positions, rows, cache, angles, norms, num_heads, width, soft_cap)
+        found = native_attention(pool, qkv, positions, rows, cache, angles, norms, num_heads, soft_cap)
         exact = plain_attention(qkv, positions, rows, plain, angles, norms, num_heads, width, soft_cap, dtype)
     allowed = 2e-5 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(found.double(), exact.flatten(1), rtol=allowed, atol=allowed)
 
 
-def native_attention(pool, qkv, positions, rows, cache, angles, norms, num_heads, width, soft_cap):
-    tokens, padded = len(qkv), cache.shape[-1]
-    seen = Cache(cache, width, 0)
-    source, out = Rows(tokens, qkv.shape[1]), Rows(tokens, num_heads * width)
+def native_attention(pool, qkv, positions, rows, cache, angles, norms, num_heads, soft_cap):
+    tokens, padded = len(qkv), cache.tensor.shape[-1]
+    source, out = Rows(tokens, qkv.shape[1]), Rows(tokens, num_heads * cache.head_dim)
     source.tensor()[:] = qkv
-    stored = Format.BF16 if cache.dtype == torch.bfloat16 else Format.F32
-    queries = Rows(tokens, num_heads * padded, library.input_format(stored))
+    queries = Rows(tokens, num_heads * padded, cache.queries(library))
     program = Program(library, pool)
-    program.rotary(source, num_heads, angles, norms, 1e-6, seen, queries)
-    program.attention(queries, num_heads, seen, out, scale=width**-0.5, soft_cap=soft_cap, window=rows.window)
+    program.rotary(source, num_heads, angles, norms, 1e-6, cache, queries)
+    scale = cache.head_dim**-0.5
+    program.attention(queries, num_heads, cache, out, scale=scale, soft_cap=soft_cap, window=rows.window)
     program.run(positions.clone(), positions, [rows])
     return out.tensor()
+
+
+def as_stored(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x`` ``[..., width]`` float64 as a cache of ``dtype`` holds it."""
+    if dtype != torch.int8:
+        return x.to(dtype).double()
+    step = x.abs().amax(dim=-1, keepdim=True) / 127
+    return (x / step).round() * step
 
 
 def plain_attention(qkv, positions, rows, cache, angles, norms, num_heads, width, soft_cap, dtype):
@@ -234,11 +243,12 @@ def plain_attention(qkv, positions, rows, cache, angles, norms, num_heads, width
         a, b = x.split(width // 2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
-    rounded = [x.to(dtype).double() for x in (turned(query), turned(key), value)]
+    query = as_stored(turned(query), torch.bfloat16 if dtype == torch.int8 else dtype)
+    key, value = as_stored(turned(key), dtype), as_stored(value, dtype)
     metadata = build_metadata(rows.tables, rows.starts, rows.counts, block_size, rows.window, torch.device("cpu"))
     flat = cache.view(2, -1, kv_heads, width)
-    flat[0][metadata.write_places], flat[1][metadata.write_places] = rounded[1], rounded[2]
-    return reference.paged_attention(rounded[0], cache, metadata, width**-0.5, soft_cap)
+    flat[0][metadata.write_places], flat[1][metadata.write_places] = key, value
+    return reference.paged_attention(query, cache, metadata, width**-0.5, soft_cap)
 
 
 @pytest.mark.parametrize("context", [255, 256, 3000])
@@ -247,7 +257,7 @@ def test_a_long_context_cut_among_threads_is_one_answer(isa, context):
     answers = []
     for threads in (1, 4):
         torch.manual_seed(0)
-        cache = torch.zeros(2, 200, 16, 3, 64)
+        cache = Cache(torch.zeros(2, 200, 16, 3, 64), 64, 0)
         angles = torch.ones(context + 1, 64)
         pool = Pool(library, threads)
         tables = np.arange(1, 200, dtype=np.int32)[None]
@@ -255,7 +265,7 @@ def test_a_long_context_cut_among_threads_is_one_answer(isa, context):
             rows = StepRows(tables, np.array([start]), np.array([count]), 0)
             qkv = torch.randn(count, 15 * 64)
             positions = torch.arange(start, start + count)
-            found = native_attention(pool, qkv, positions, rows, cache, angles, None, 9, 64, 0.0)
+            found = native_attention(pool, qkv, positions, rows, cache, angles, None, 9, 0.0)
         answers.append(found)
     torch.testing.assert_close(answers[0], answers[1], rtol=1e-5, atol=1e-6)
 

@@ -18,7 +18,7 @@ from common_platform.logging import configure
 from servekit import __version__, settings
 from servekit.bench.command import make_bench
 from servekit.engine.config import EngineConfig
-from servekit.execution.proposer import SpeculativeConfig
+from servekit.execution.speculative import SpeculativeConfig
 from servekit.sampling.parameters import SamplingParams
 from servekit.server.budgets import Budget
 from servekit.server.config import ServerConfig
@@ -61,7 +61,7 @@ ENGINE_HELP = {
     "scheduling_policy": "fcfs, priority or fair.",
     "device": "auto, cpu, cuda, cuda:1, xpu; auto takes a GPU where there is one.",
     "kernels": "native (C++, on a CPU), triton (on a GPU), reference (torch), or auto.",
-    "kv_cache_dtype": "auto, or fp8 or int8: keys and values of 8 bits, so that twice as many fit; on a GPU.",
+    "kv_cache_dtype": "auto, int8, or on a GPU fp8: keys and values of 8 bits, so that twice as many fit.",
     "enforce_eager": "Launch the kernels of a GPU one by one in place of recorded graphs; starts sooner, runs slower.",
     "quantization": "int8, int4 or (on a GPU) fp8 weights; activations of 8 bits, but of 16 beside int4 on a GPU.",
     "allow_nonfinite": "Take a hand-off artifact although some of its weights are not finite.",

@@ -27,7 +27,7 @@ from servekit.engine.tracing import RequestTracer
 from servekit.engine.validate import EngineRequest, validate
 from servekit.execution.logits_processors import name_of
 from servekit.execution.pooling import POOLINGS
-from servekit.execution.proposer import SpeculativeConfig
+from servekit.execution.speculative import SpeculativeConfig
 from servekit.sampling.parameters import SamplingParams
 
 

@@ -7,16 +7,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from common_platform.artifact import manifest as manifests
 from common_platform.artifact import model_config, safe_files, strict_json
 from common_platform.artifact.manifest import BELONGS, MANIFEST, Manifest
 from common_platform.artifact.safetensors_reader import Entry, SafetensorsFile
 from common_platform.errors import ArtifactConfigError, ArtifactFormatError, ArtifactMissing, ArtifactRefused
+
+if TYPE_CHECKING:  # whoever reads no tensor loads no torch: a server's own process
+    import torch
+    from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

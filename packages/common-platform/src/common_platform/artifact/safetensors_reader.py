@@ -12,36 +12,44 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common_platform.artifact import safe_files, strict_json
 from common_platform.errors import ArtifactFormatError, ArtifactMissing
 
+if TYPE_CHECKING:  # loaded with the first tensor: the header can be read without
+    import torch
+    from torch import Tensor
+
 MAX_HEADER = 100 << 20
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+DTYPES = {  # torch's name, and the bytes of a number
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 
 
 class Entry(NamedTuple):
-    dtype: torch.dtype
+    kind: str  # a key of DTYPES
     shape: tuple[int, ...]
     start: int  # in the file, bytes
     size: int  # bytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        found: torch.dtype = getattr(torch, DTYPES[self.kind][0])
+        return found
 
 
 class SafetensorsFile:
@@ -62,6 +70,8 @@ class SafetensorsFile:
         """The tensor ``name`` as a view of the file; do not write to it."""
         if name not in self.entries:
             raise ArtifactMissing(f"{self.name}: {name}", "no such tensor", "one of the file's tensors")
+        import torch
+
         entry = self.entries[name]
         if entry.size == 0:
             return torch.empty(entry.shape, dtype=entry.dtype)
@@ -105,14 +115,14 @@ class SafetensorsFile:
             raise self._fail(name, "a tensor with dtype, shape and data_offsets")
         if about["dtype"] not in DTYPES:
             raise self._fail(f"{name}: dtype {about['dtype']}", f"one of {', '.join(DTYPES)}")
-        dtype = DTYPES[about["dtype"]]
+        _, item_bytes = DTYPES[about["dtype"]]
         if not _are_naturals(about["shape"]) or not _are_naturals(about["data_offsets"], 2):
             raise self._fail(name, "shapes and offsets of integers from 0 on")
         first, last = about["data_offsets"]
-        size = math.prod(about["shape"]) * dtype.itemsize
+        size = math.prod(about["shape"]) * item_bytes
         if last - first != size or last > self._length:
             raise self._fail(f"{name}: bytes {first}..{last}", f"{size} bytes inside the file")
-        return Entry(dtype, tuple(about["shape"]), start + first, size)
+        return Entry(about["dtype"], tuple(about["shape"]), start + first, size)
 
 
 def _are_naturals(values: Any, count: int | None = None) -> bool:

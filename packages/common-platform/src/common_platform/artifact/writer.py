@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from common_platform.artifact import safe_files
 from common_platform.artifact.manifest import BELONGS, FORMAT_VERSION, MANIFEST, FileEntry, Manifest, Probe, digest_of
 from common_platform.errors import ArtifactError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEBRIS = re.compile(r"\.(?P<name>.+)\.(?:writing|replaced)-(?P<pid>\d+)-[0-9a-f]{8}")
 
@@ -78,6 +78,8 @@ class ArtifactWriter:
 
         The file says that it belongs to a manifest, so that the folder is not taken for a plain one without it.
         """
+        from safetensors.torch import save_file
+
         metadata = {"format": "pt", BELONGS: MANIFEST}
         with _explained(self.path):
             save_file(dict(tensors), str(self.folder / safe_files.check_name(name)), metadata=metadata)

@@ -8,7 +8,7 @@ import msgspec
 
 from common_platform.errors import ConfigError
 from servekit.core.config import BLOCK_SIZES, POLICIES
-from servekit.execution.proposer import SpeculativeConfig
+from servekit.execution.speculative import SpeculativeConfig
 from servekit.sampling.structured.limits import GrammarLimits
 
 GIB = 1 << 30
@@ -23,7 +23,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_threads: int = 0  # 0: torch's choice
     kernels: str = "auto"  # auto | native | reference | triton
     enforce_eager: bool = False  # no recorded graphs on a GPU
-    kv_cache_dtype: str = "auto"  # auto: as dtype | fp8 | int8; on a GPU
+    kv_cache_dtype: str = "auto"  # auto: as dtype | int8 | fp8, on a GPU
     quantization: str | None = None  # int8 | int4 | fp8 (on a GPU), of the weights
     max_model_len: int | None = None  # tokens; None: what the model was made for
     block_size: int = 16  # tokens per KV block

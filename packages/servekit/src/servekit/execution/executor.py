@@ -25,7 +25,8 @@ from servekit.execution.device_memory import DeviceMemory, MemoryProfile, TorchM
 from servekit.execution.draft_model import DraftModelProposer
 from servekit.execution.graphs import CudaRecorder, Recorder
 from servekit.execution.model_runner import GrammarOf, ModelRunner, largest_step, score
-from servekit.execution.proposer import NgramProposer, Proposer, SpeculativeConfig
+from servekit.execution.proposer import NgramProposer, Proposer
+from servekit.execution.speculative import SpeculativeConfig
 from servekit.kernels.choice import GPU
 from servekit.kernels.native import Format, Pool, native_library
 from servekit.layers.kernels import Kernels, deterministic_kernels, kernels_of, rounded_kernels
@@ -189,9 +190,6 @@ class InProcessExecutor:
 
     def _check(self) -> None:
         config, name = self._config, str(self.dtype).removeprefix("torch.")
-        if config.kv_cache_dtype != "auto" and self.kernels.rope_kv_write is None:
-            limit = "auto here: only the GPU's kernels read 8-bit keys and values"
-            raise ConfigError("kv_cache_dtype", config.kv_cache_dtype, limit, flag="--kv-cache-dtype")
         if config.deterministic and self.dtype != torch.float32:
             raise ConfigError("dtype", name, "float32, which deterministic needs", flag="--dtype")
         reason = "deterministic has its own" if config.deterministic else self._native_reason(self.folder)
@@ -205,6 +203,15 @@ class InProcessExecutor:
                 limit = f"{' or '.join(FORMATS)} on a CPU"
             raise ConfigError("quantization", config.quantization, limit, flag="--quantization")
         self._is_native = reason is None
+        self._check_kv_dtype(reason)
+
+    def _check_kv_dtype(self, reason: str | None) -> None:
+        """Keys and values of 8 bits: of int8 by the native CPU kernels, unless there is a ``reason`` against them."""
+        wanted = self._config.kv_cache_dtype
+        if wanted == "auto" or self.kernels.rope_kv_write is not None or (wanted == "int8" and reason is None):
+            return
+        limit = "auto or int8 here: fp8 is for a GPU" if reason is None else f"auto here: {reason}"
+        raise ConfigError("kv_cache_dtype", wanted, limit, flag="--kv-cache-dtype")
 
     def _load(self, folder: ModelFolder, max_positions: int) -> tuple[CausalModel, int]:
         """The model and how many parameters it has."""
@@ -234,6 +241,8 @@ class InProcessExecutor:
             return NgramProposer(speculative)
         folder = open_model_folder(speculative.model)
         self._folders.append(folder)
+        if self._is_native:  # it keeps its keys and values as the target does
+            self._check_kv_dtype(self._native_reason(folder))
         positions = self.model_facts.max_model_len
         made_for = folder.config_int("max_position_embeddings", high=1 << 26)
         if made_for < positions:
@@ -255,11 +264,11 @@ class InProcessExecutor:
         attentions = [*self.model.attentions, *(self._proposer.attentions if self._proposer else [])]
         return block_size * sum(attention.bytes_per_token(self.kv_dtype) for attention in attentions)
 
-    def score(self, token_ids: Sequence[int]) -> list[float]:
-        """The logprob of each token after the first. Only before ``start``."""
+    def score(self, token_ids: Sequence[int], kv_dtype: torch.dtype = torch.float32) -> list[float]:
+        """The logprob of each token after the first, with keys and values of ``kv_dtype``. Only before ``start``."""
         if self._runner is not None:
             raise RuntimeError("score() replaces the KV cache: call it before start()")
-        return self._thread.submit(score, self.model, list(token_ids), PROBE_BLOCK, self.device).result()
+        return self._thread.submit(score, self.model, list(token_ids), PROBE_BLOCK, self.device, kv_dtype).result()
 
     def start(self, cache: CacheConfig, scheduler: SchedulerConfig, grammar_of: GrammarOf | None = None) -> None:
         """Allocate the cache; plans may follow.

@@ -372,11 +372,17 @@ def largest_step(
 
 
 @torch.inference_mode()
-def score(model: CausalModel, token_ids: list[int], block_size: int, device: torch.device) -> list[float]:
+def score(
+    model: CausalModel,
+    token_ids: list[int],
+    block_size: int,
+    device: torch.device,
+    kv_dtype: torch.dtype = torch.float32,
+) -> list[float]:
     """The logprob of each token after the first, by a cache that lives only for this call."""
     num_blocks = -(-len(token_ids) // block_size)
     for attention in model.attentions:
-        attention.bind(num_blocks + 1, block_size, torch.float32, device)
+        attention.bind(num_blocks + 1, block_size, kv_dtype, device)
     batch = InputBatch(1, len(token_ids), block_size, model.kv_groups, device)
     blocks = [list(range(1, num_blocks + 1)) for _ in model.kv_groups]
     batch.start(RowStart(0, "probe", token_ids, len(token_ids), 0, blocks, SamplingParams(), []))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -107,9 +107,9 @@ class Attention:
 
     def bind(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (2, num_blocks, block_size, self.kv_heads, self.head_dim)
-        self.cache = _zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
-
-        self.kv_scales = torch.zeros(shape[:4], device=device) if dtype.itemsize == 1 else None
+        zeros = _zeros if device.type == "cpu" else partial(torch.zeros, device=device)
+        self.cache = zeros(shape, dtype=dtype)
+        self.kv_scales = zeros(shape[:4], dtype=torch.float32) if dtype.itemsize == 1 else None
 
     @property
     def caches(self) -> list[Tensor]:

@@ -198,13 +198,13 @@ class NativeLlama:
         """The operations of a step of up to ``capacity`` tokens, on the caches that are bound now."""
         config, library, eps = self.config, self._library, self.config.eps
         first = self._layers[0]
-        is_low = self.attentions[0].cache.dtype == torch.bfloat16
+        caches = [Cache(a.cache, config.head_dim, a.group, a.kv_scales) for a in self.attentions]
         padded = self.attentions[0].head_dim
         x, hidden = Rows(capacity, config.hidden_size), Rows(capacity, config.hidden_size)
         partial = Rows(capacity, config.hidden_size)
         normed = Rows.input_of(first.qkv, library, capacity)
         qkv = Rows(capacity, (self._heads + 2 * self._kv_heads) * config.head_dim)
-        queries = Rows(capacity, self._heads * padded, library.input_format(Format.BF16 if is_low else Format.F32))
+        queries = Rows(capacity, self._heads * padded, caches[0].queries(library))
         attended = Operand(Rows.input_of(first.out, library, capacity), capacity)
         inner = Operand(Rows.input_of(first.down, library, capacity), capacity)
         programs = [Program(library, self._pool)]
@@ -219,8 +219,7 @@ class NativeLlama:
             programs[-1].add(partial, x)
 
         programs[-1].embed(self._table, x)
-        for layer, attention in zip(self._layers, self.attentions, strict=True):
-            cache = Cache(attention.cache, config.head_dim, attention.group)
+        for layer, attention, cache in zip(self._layers, self.attentions, caches, strict=True):
             window = self.kv_groups[attention.group].window
             program = programs[-1]
             program.norm(x, layer.input_norm, eps, normed)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 
 from common_platform.errors import EngineDead, Overloaded, PlatformError, RequestError
+
+if TYPE_CHECKING:  # the command line needs the errors, and not what takes a quarter of a second to load
+    from fastapi import FastAPI
 
 RETRY_AFTER_S = 1
 OVERLOADED_RETRY_AFTER_S = 5

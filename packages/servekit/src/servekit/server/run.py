@@ -13,6 +13,8 @@ import ssl
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
@@ -22,12 +24,14 @@ from servekit.engine.async_engine import STOP_LIMIT_S, AsyncEngine
 from servekit.engine.collector import fewer_collections
 from servekit.engine.config import EngineConfig
 from servekit.engine.supervisor import RestartPolicy
-from servekit.server.app import build_admin_app, build_app, guarded, guarded_admin
 from servekit.server.config import ServerConfig
 from servekit.server.http import protocol_class
 from servekit.server.limits import flag_of
-from servekit.server.state import ServerState
 
+if TYPE_CHECKING:
+    from servekit.server.state import ServerState
+
+APP = "servekit.server.app"  # loaded while the engine is: it takes a third of a second
 log = logging.getLogger("servekit.server")
 BACKLOG = 2048
 LAST_WORDS_S = 0.5
@@ -105,6 +109,7 @@ class _Lifetime:
         loop.add_signal_handler(signal.SIGHUP, self._on_hang_up)
         restart = RestartPolicy(self._config.max_engine_restarts)
         self._loading = asyncio.create_task(AsyncEngine.from_config(self._engine_config, restart))
+        loop.run_in_executor(None, import_module, APP)
         try:
             engine = await self._loading
         except asyncio.CancelledError:
@@ -117,6 +122,8 @@ class _Lifetime:
 
     async def _serve(self, engine: AsyncEngine) -> bool:
         """True where requests had to be cut off."""
+        from servekit.server.app import build_admin_app, build_app, guarded, guarded_admin
+
         app = build_app(engine, self._config)
         state = self._state = app.state.server
         state.begin_drain = self._begin_drain

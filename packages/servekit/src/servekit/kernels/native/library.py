@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from common_platform.errors import ConfigError
 from common_platform.logging import get_logger
 from servekit.kernels.native.memory import Arena
 
-API_VERSION = 3
+API_VERSION = 4
 MAX_GROUPS = 8
 PATH = Path(__file__).parent / "libservekit_cpu.so"
 
@@ -57,6 +57,7 @@ class CMatrix(Structure):
 class CCache(Structure):
     _fields_ = (
         ("data", c_void_p),
+        ("scales", c_void_p),
         ("num_blocks", c_int64),
         ("format", c_int32),
         ("block_size", c_int32),
@@ -91,6 +92,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "sk_input_format": (c_int32, [c_int32]),
     "sk_pool_new": (c_void_p, [c_int32, c_int32]),
     "sk_peak": (c_double, [c_void_p, c_int32, c_int32]),
+    "sk_read": (c_uint64, [c_void_p, c_void_p, c_int64]),
     "sk_pool_free": (None, [c_void_p]),
     "sk_padded_k": (c_int32, [c_int32, c_int32]),
     "sk_packed_bytes": (c_int64, [c_int32, c_int32, c_int32]),
@@ -121,11 +123,11 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.c = ctypes.CDLL(str(path))
+        if self.c.sk_api_version() != API_VERSION:  # before its functions are looked for: an older one lacks some
+            raise OSError(f"{path} has version {self.c.sk_api_version()} of the interface, not {API_VERSION}")
         for name, (result, arguments) in SIGNATURES.items():
             function = getattr(self.c, name)
             function.restype, function.argtypes = result, arguments
-        if self.c.sk_api_version() != API_VERSION:
-            raise OSError(f"{path} has version {self.c.sk_api_version()} of the interface, not {API_VERSION}")
         self.supported: list[str] = self.c.sk_supported().decode().split()
         wanted = os.environ.get("SERVEKIT_CPU_ISA")
         if wanted and not self.c.sk_select(wanted.encode()):

@@ -62,25 +62,41 @@ class Rows:
         return cls(capacity, weight.in_features, library.input_format(weight.format), group)
 
 
+CACHE_FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16, torch.int8: Format.I8}
+
+
 @dataclass(frozen=True, slots=True)
 class Cache:
     """A layer's paged cache as the kernels see it; ``tensor`` is ``[2, blocks, block_size, kv_heads, padded]``.
 
     Only its first dimensions mean what they say: within a block keys and values lie as ``native/attention.inc.h`` has
-    them. ``head_dim`` is what the model has, ``padded`` the next multiple of 16.
+    them. ``head_dim`` is what the model has, ``padded`` the next multiple of 16. ``scales``: of an int8 cache,
+    ``[2, blocks, block_size, kv_heads]`` float32, within a block one head after the other.
     """
 
     tensor: Tensor
     head_dim: int
     group: int
+    scales: Tensor | None = None
 
     @property
     def c(self) -> CCache:
         _, num_blocks, block_size, kv_heads, padded = self.tensor.shape
-        format = Format.BF16 if self.tensor.dtype == torch.bfloat16 else Format.F32
         return CCache(
-            self.tensor.data_ptr(), num_blocks, format, block_size, kv_heads, self.head_dim, padded, self.group
+            self.tensor.data_ptr(),
+            None if self.scales is None else self.scales.data_ptr(),
+            num_blocks,
+            CACHE_FORMATS[self.tensor.dtype],
+            block_size,
+            kv_heads,
+            self.head_dim,
+            padded,
+            self.group,
         )
+
+    def queries(self, library: Library) -> Format:
+        """What queries are beside it: as beside weights of its width, but bfloat16's where it has 8 bits."""
+        return library.input_format(Format.F32 if self.tensor.dtype == torch.float32 else Format.BF16)
 
 
 class Program:
