@@ -132,6 +132,17 @@ def test_the_model_still_knows_what_it_knew(quantization, kv_cache_dtype):
         assert output.outputs[0].text.startswith(start)
 
 
+@pytest.mark.parametrize("settings", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"quantization": "int8"}])
+def test_tokens_are_the_same_where_logits_are_not_written(settings):
+    """Whoever wants logprobs has logits written; the others' tokens come out of the product."""
+    prompts = [[3 + row, 50, 7 * row + 1] for row in range(5)]
+    plain = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    told = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=1)
+    with LLM(smollm2(), **settings, kv_cache_memory_bytes=16 << 20) as llm:
+        found = [[o.outputs[0].token_ids for o in llm.generate(prompts, params)] for params in (plain, told)]
+    assert found[0] == found[1]
+
+
 def test_an_unknown_instruction_set_is_refused_and_a_lower_one_is_used():
     program = "from servekit.kernels.native import native_library as n; print(n().isa)"
     lowest = native_library().supported[-1]
