@@ -1,8 +1,7 @@
 """From nothing to the first token on a CPU: ``servekit serve`` as a process of its own, asked as soon as it listens.
 
-SmolLM2-135M in each precision. The first start of a round is after the files of Python's packages were read once, as
-on a machine that has run anything; none is kept from an earlier start but what the system keeps of files. Beside it
-what cannot be had for less: a Python that imports torch and ends.
+SmolLM2-135M in each precision. Files have been read before, as on a machine that has run anything; nothing else is
+kept from one start to the next. Beside it what cannot be had for less: a Python that imports torch and ends.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def first_token_s(flags: list[str]) -> float:
     start = time.perf_counter()
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
     try:
-        wait_for_token(port, start + LIMIT_S)
+        wait_for_token(server, port, start + LIMIT_S)
         return time.perf_counter() - start
     finally:
         server.send_signal(signal.SIGTERM)
@@ -68,7 +67,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def wait_for_token(port: int, deadline: float) -> None:
+def wait_for_token(server: subprocess.Popen[bytes], port: int, deadline: float) -> None:
     body: dict[str, Any] = {
         "model": smollm2().name,
         "prompt": "The capital of France is",
@@ -85,7 +84,7 @@ def wait_for_token(port: int, deadline: float) -> None:
                 raise RuntimeError(f"status {answer.status}: {line!r}")
             return
         except ConnectionError:
-            if time.perf_counter() > deadline:
+            if time.perf_counter() > deadline or server.poll() is not None:
                 raise
             time.sleep(0.005)
         finally:
