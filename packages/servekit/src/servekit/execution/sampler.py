@@ -361,12 +361,11 @@ class Sampler:
         drawing = np.flatnonzero(self._columns["temperature"][slots] > 0)
         if not len(drawing):
             return greedy, highest
-        chosen = logits if len(drawing) == len(slots) else logits[torch.from_numpy(drawing)]
+        at = self._on_device(drawing)
+        limited = self._limited(logits if len(drawing) == len(slots) else logits[at], slots[drawing])
         uniforms = [ops.uniform(rows[i].seed, len(rows[i].output_ids)) for i in drawing]
-        drawn = ops.draw(self._limited(chosen, slots[drawing]), torch.tensor(uniforms, dtype=torch.float64))
-        tokens = greedy.clone()
-        tokens[torch.from_numpy(drawing)] = drawn
-        return tokens, highest
+        drawn = ops.draw(limited, torch.tensor(uniforms, dtype=torch.float64, device=self.device))
+        return greedy.index_copy(0, at, drawn), highest
 
     def _limited(self, logits: Tensor, slots: np.ndarray) -> Tensor:
         """Of rows that draw: with temperature, and without the tokens that their limits leave out."""
