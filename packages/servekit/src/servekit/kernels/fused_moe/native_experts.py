@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from servekit.kernels.fused_moe.sorted import by_expert
 from servekit.kernels.native import Epilogue, Format, Library, PackedWeight, Program, Rows, pack
 from servekit.kernels.native.library import Pool
 
@@ -44,16 +45,13 @@ class NativeExperts:
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, shared: Tensor | None = None) -> Tensor:
         """As ``reference.fused_moe``; sums are float32."""
         top_k = experts.shape[1]
-        flat = experts.reshape(-1).long()
-        flat = torch.where((flat >= 0) & (flat < self.num_experts), flat, self.num_experts)  # another rank's come last
-        ends = torch.bincount(flat, minlength=self.num_experts + 1).cumsum(0).tolist()
-        pairs = flat.argsort(stable=True)[: ends[self.num_experts - 1]]
+        pairs, ends = by_expert(experts, self.num_experts)
         tokens = pairs // top_k
         rows = x.float().index_select(0, tokens)
         shares = weights.reshape(-1, 1).index_select(0, pairs)
         results = torch.empty_like(rows)
         first = 0
-        for expert, last in enumerate(ends[: self.num_experts]):
+        for expert, last in enumerate(ends):
             for begin in range(first, last, CAPACITY):
                 end = min(begin + CAPACITY, last)
                 self._programs[expert].run_rows(rows[begin:end])
