@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from common_platform.errors import ConfigError
-from servekit.cli import _run, serve
+from servekit.cli import _run, cli, serve
 from servekit.settings import defaults_of
+
+COST = '{"step_s": 0.005, "token_s": 2e-5, "row_s": 1e-5, "context_s": 1e-8}'
 
 
 def written(folder: Path, text: str) -> Path:
@@ -94,6 +98,36 @@ def test_the_command_line_goes_before_all(tmp_path: Path, monkeypatch: pytest.Mo
         _run(["serve", "no-such-model", "--port", "0", "--config", str(path), "--block-size", "16", "--max-n", "1"])
         != 3
     )
+
+
+def test_every_command_with_flags_reads_a_file() -> None:
+    def flags_of(command: click.Command) -> set[str]:
+        return {option.name or "" for option in command.params if isinstance(option, click.Option)}
+
+    commands = list(cli.commands.values())
+    for command in commands:
+        commands += command.commands.values() if isinstance(command, click.Group) else ()
+        flags = flags_of(command)
+        assert ("config" in flags) is bool(flags), command.name
+    assert len(commands) > 12
+
+
+def test_commands_below_others_read_files_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line goes before the variable, and that before the file."""
+    path = written(tmp_path, "out: cost.json\nno-such: 1\n")
+    assert _run(["simulate", "fit", "no-such-profile", "--config", str(path)]) == 3
+    figures = tmp_path / "figures.json"
+
+    def num_requests(*more: str) -> int:
+        path = written(tmp_path, "num_requests: 3\nrequest-rate: 2.0\n")
+        told = ["simulate", "--cost", COST, "--json", str(figures), "--config", str(path), *more]
+        assert _run(told) == 0
+        return json.loads(figures.read_text())["finished"]
+
+    assert num_requests() == 3
+    monkeypatch.setenv("SERVEKIT_NUM_REQUESTS", "5")
+    assert num_requests() == 5
+    assert num_requests("--num-requests", "4") == 4
 
 
 def test_keys_of_no_file_are_refused_by_name(tmp_path: Path) -> None:

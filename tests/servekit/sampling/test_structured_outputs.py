@@ -17,6 +17,7 @@ from common_platform.embedded import smollm2
 from common_platform.errors import RequestError
 from servekit.execution.sampler import NO_TOKEN, Sampler
 from servekit.sampling.parameters import SamplingParams, StructuredOutput
+from servekit.sampling.structured.limits import GrammarLimits
 from servekit.sampling.structured.matcher import GrammarCompiler, GrammarState
 
 VOCABULARY = 49_152
@@ -42,6 +43,20 @@ def compiler() -> GrammarCompiler:
 @cache
 def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(smollm2() / "tokenizer.json"))
+
+
+def test_compiled_grammars_are_kept_up_to_so_many_bytes() -> None:
+    """grm-021's cache: by what they are taken to need, the least recently used goes first."""
+    text, most = (smollm2() / "tokenizer.json").read_text(encoding="utf-8"), 150_000
+    small = GrammarCompiler(text, VOCABULARY, [EOS], GrammarLimits(cache_bytes=most))
+    for number in range(12):
+        spec = StructuredOutput(choice=[f"{number}" * (100 * (number % 4) + 1)])
+        assert small.compile(spec).accept(tokens_of(f"{number}")) or number >= 4
+        assert 0 < small.num_cached_bytes <= most
+        assert small.compile(spec).is_complete is False
+    huge = StructuredOutput(choice=["a" * 3000])
+    assert small.compile(huge).accept(tokens_of("a" * 3000))
+    assert small.num_cached_bytes <= most, "what is larger than all of it is not kept"
 
 
 def tokens_of(text: str) -> list[int]:

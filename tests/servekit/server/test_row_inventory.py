@@ -10,21 +10,16 @@ from tests.servekit.server.rows import ROWS
 
 TESTS = Path(__file__).parents[1]
 NUM_ROWS = {"srv": 193, "grm": 26, "cli": 23, "cfg": 14, "med": 42}
-EMBEDS = "prompt embeddings are not taken; srv-058 tests the refusal"
 ADAPTERS = "there are no adapters yet"
 PARALLEL = "there is no tensor parallelism yet"
 TRANSFER = "there is no KV transfer yet"
 ROUTER = "there is no router yet"
 TRAINER = "is of trainkit"
 SIGHT = "no model here can see or hear; what it is sent is refused by test_images"
-FETCH = "nothing is fetched, and no file is opened, for a model that cannot see"
 ABSENT = {
     **dict.fromkeys([f"med-{number:03}" for number in (3, 11, 12, 13, *range(33, 43))], SIGHT),
-    **dict.fromkeys([f"med-{number:03}" for number in (19, 20, 23, 24, 29, 30)], FETCH),
-    **dict.fromkeys(("srv-059", "srv-060", "srv-061"), EMBEDS),
     **dict.fromkeys(("srv-176", "srv-189"), ADAPTERS),
     "srv-177": "there is no push of weights yet",
-    "srv-186": "ten minutes at full load: benchmarks, not a test",
     **dict.fromkeys(("srv-191", "srv-192", "srv-193"), ROUTER),
     **dict.fromkeys(("cli-007", "cli-008"), PARALLEL),
     **dict.fromkeys(("cli-015", "cli-016", "cli-017"), TRANSFER),

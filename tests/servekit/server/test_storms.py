@@ -102,6 +102,45 @@ def test_overload_for_a_minute(sturdy: ServerProcess) -> None:
     assert figures["goodput"] >= 0.9
 
 
+async def looks_at_health(server: ServerProcess, count: int, every_s: float) -> tuple[Counter[int], list[float]]:
+    """Statuses and seconds of so many looks at ``/health`` while callers keep every place taken."""
+    is_over = False
+    seen: Counter[int] = Counter()
+    taken = []
+
+    async def caller() -> None:
+        while not is_over:
+            assert (await post(server, completion(max_tokens=64, ignore_eos=True)))[0] == 200
+
+    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
+        callers = [asyncio.create_task(caller()) for _ in range(24)]
+        for _ in range(count):
+            begun = time.monotonic()
+            seen[(await client.get("/health")).status_code] += 1
+            taken.append(time.monotonic() - begun)
+            await asyncio.sleep(every_s)
+        is_over = True
+        await asyncio.gather(*callers)
+    return seen, sorted(taken)
+
+
+def test_a_busy_engine_is_not_a_dead_one(sturdy: ServerProcess) -> None:
+    """srv-186, without its time."""
+    seen, _ = asyncio.run(looks_at_health(sturdy, 30, 0.05))
+    assert seen == {200: 30}
+
+
+@pytest.mark.slow
+def test_health_is_told_at_once_under_full_load(sturdy: ServerProcess) -> None:
+    """srv-186: ten minutes, or ``HEALTH_LOOKS`` seconds, one look each."""
+    count = int(os.environ.get("HEALTH_LOOKS", "600"))
+    seen, taken = asyncio.run(looks_at_health(sturdy, count, 1.0))
+    p99 = taken[int(len(taken) * 0.99)]
+    print(json.dumps({"statuses": seen, "p99_s": p99, "worst_s": taken[-1]}))
+    assert seen == {200: count}
+    assert p99 <= 0.1
+
+
 def held(server: ServerProcess) -> tuple[int, int, set[str]]:
     """Descriptors, children and what lies in shared memory: nothing of a dead engine stays."""
     process = psutil.Process(server.process.pid)

@@ -16,7 +16,8 @@ from common_platform.embedded import smollm2
 from servekit.sampling.parameters import StructuredOutput
 from servekit.sampling.structured.matcher import GrammarCompiler
 from servekit.server.parsers.registry import REASONING_PARSERS, TOOL_PARSERS, Pipeline
-from servekit.server.strict_calls import FAMILIES, Calls, strict_grammar
+from servekit.server.strict_calls import FAMILIES, strict_grammar
+from servekit.server.strict_form import Calls
 
 SPECIAL = {
     "mistral": ("[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]"),
@@ -55,7 +56,16 @@ WRITTEN = {  # a call as each family writes it; %s: the arguments
     ),
     "openai": "<|channel|>commentary to=functions.%s <|constrain|>json<|message|>%s",
 }
-TEXT = {"openai": "<|channel|>final<|message|>Hello, {}.<|end|>", "llama3_json": "Hello, {}."}
+WHOLE = ("llama3_json", "pythonic")  # an answer is text, or calls
+TEXT = {"openai": "<|channel|>final<|message|>Hello, {}.<|end|>"} | dict.fromkeys(WHOLE, "Hello, {}.")
+
+
+def written(family: str, name: str, arguments: str) -> str:
+    if family != "pythonic":
+        return WRITTEN[family] % (name, arguments)
+    found = json.loads(arguments)
+    said = [f"{key}={json.dumps(value)}" for key, value in found.items()] if isinstance(found, dict) else [arguments]
+    return f"[{name}({', '.join(said)})]"
 
 
 class Judge:
@@ -80,17 +90,18 @@ class Judge:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_is_free_and_calls_obey_their_schema(family: str) -> None:
-    judge, call = Judge(family), WRITTEN[family]
+    judge = Judge(family)
     text = TEXT.get(family, "Hello, {}.\n")
     assert judge.allows(text.removesuffix("<|end|>"))
-    good = [call % ("add", '{"x": 1}'), call % ("say", '{"anything": ["goes"]}')]
-    bad = [call % ("add", '{"x": "1"}'), call % ("add", "{}"), call % ("other", "{}"), call % ("say", "[]")]
+    good = [written(family, "add", '{"x": 1}'), written(family, "say", '{"anything": ["goes"]}')]
+    bad = [("add", '{"x": "1"}'), ("add", "{}"), ("other", "{}"), ("say", "[]")]
+    bad = [written(family, *call) for call in bad]
     assert [judge.allows(one) for one in good] == [True, True]
     assert not any(judge.allows(one) for one in bad)
     if family == "openai":
         good = [f"{text}<|start|>assistant{one}" for one in good]
         bad = [f"{text}<|start|>assistant{one}" for one in bad]
-    elif family != "llama3_json":
+    elif family not in WHOLE:
         good, bad = [text + one for one in good], [text + one for one in bad]
     assert all(judge.allows(one) for one in good)
     assert not any(judge.allows(one) for one in bad)
@@ -99,7 +110,7 @@ def test_text_is_free_and_calls_obey_their_schema(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_allowed_is_read_as_calls(family: str) -> None:
     parser = TOOL_PARSERS[family]()
-    delta = parser.add(WRITTEN[family] % ("add", '{"x": 1}'))
+    delta = parser.add(written(family, "add", '{"x": 1}'))
     delta.add(parser.finish())
     assert [(call.name, json.loads(call.arguments)) for call in delta.calls] == [("add", {"x": 1})]
 
@@ -226,14 +237,74 @@ def test_a_model_that_answers_in_words_may(client: openai.OpenAI) -> None:
     assert "Paris" in (answer.choices[0].message.content or "")
 
 
-def test_python_cannot_be_held_to_a_schema_and_says_so(tiny_model: Path) -> None:
+PLACE = {
+    "type": "object",
+    "properties": {
+        "town": {"enum": ["Bergen", "Turin"]},
+        "is_near": {"type": "boolean"},
+        "days": {"type": "array", "items": {"type": "integer"}},
+    },
+    "required": ["town"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "is_allowed"),
+    [
+        ('[f(town="Turin")]', True),
+        ('[f(town="Turin", is_near=True), f(town="Bergen", days=[1, 2])]', True),
+        ('[f(town="Turin",is_near=false,days=[])]', True),
+        ("[f()]", False),
+        ('[f(is_near=True, town="Turin")]', False),
+        ('[f(town="Oslo")]', False),
+        ('[f(town="Turin", is_near="yes")]', False),
+        ('[f(town="Turin", more=1)]', False),
+        ('[f(town="Turin", town="Turin")]', False),
+        ('[f("Turin")]', False),
+        ('I call. [f("Oslo")]', True),
+    ],
+)
+def test_named_arguments_stand_in_their_order_or_not_at_all(said: str, is_allowed: bool) -> None:
+    """What is allowed is read as the same calls; what stands behind other text is none."""
+    calls = Calls(tools=[{"function": {"name": "f", "parameters": PLACE, "strict": True}}], **ALONE)
+    lark = strict_grammar("pythonic", calls)
+    tokenizer = Tokenizer.from_file(str(smollm2() / "tokenizer.json"))
+    compiler = GrammarCompiler(tokenizer.to_str(), tokenizer.get_vocab_size(), [2])
+    state = compiler.compile(StructuredOutput(lark=lark))
+    found = state.accept(tokenizer.encode(said, add_special_tokens=False).ids) and state.is_complete
+    assert found is is_allowed
+    parser = TOOL_PARSERS["pythonic"]()
+    delta = parser.add(said)
+    delta.add(parser.finish())
+    if is_allowed:
+        assert bool(delta.calls) is said.startswith("[")
+        assert all(json.loads(call.arguments)["town"] in ("Bergen", "Turin") for call in delta.calls)
+
+
+ALONE: dict[str, Any] = {"is_parallel": True, "reasoning": "", "special_ids": {}}
+
+
+@pytest.mark.parametrize(
+    "schema", [{"anyOf": [PLACE]}, {"properties": {"a b": {}}}, PLACE | {"additionalProperties": {}}]
+)
+def test_arguments_without_plain_names_cannot_be_held(schema: dict[str, Any]) -> None:
+    tools = [{"function": {"name": "f", "parameters": schema, "strict": True}}]
+    assert strict_grammar("pythonic", Calls(tools=tools, **ALONE)) is None
+    good = [{"function": {"name": "f", "parameters": PLACE, "strict": True}}]
+    assert strict_grammar("pythonic", Calls(tools=good, **ALONE | {"reasoning": "qwen3"})) is None
+
+
+def test_what_cannot_be_held_to_a_schema_is_said_and_python_can(tiny_model: Path) -> None:
     server = ServerProcess(tiny_model, "--tool-call-parser", "pythonic")
     try:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
             asked: dict[str, Any] = {"model": "M", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+            free = {"name": "f", "parameters": {"anyOf": [PLACE]}, "strict": True}
             with pytest.raises(openai.BadRequestError) as raised:
-                client.chat.completions.create(**asked, tools=TOOLS)
+                client.chat.completions.create(**asked, tools=[{"type": "function", "function": free}])
             assert raised.value.param == "tools[0].function.strict"
-            assert client.chat.completions.create(**asked, tools=[TOOLS[1]]).choices
+            for tools in (TOOLS, [TOOLS[1]]):
+                assert client.chat.completions.create(**asked, tools=tools).choices
     finally:
         server.stop()

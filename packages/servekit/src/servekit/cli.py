@@ -142,24 +142,12 @@ def budget_options(command: Command) -> Command:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="servekit")
 @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
-@click.pass_context
-def cli(context: click.Context, debug: bool) -> None:
+def cli(debug: bool) -> None:
     """Serve a language model, or run one here. Each flag of a command is also a variable: --seed is SERVEKIT_SEED."""
-    name = context.invoked_subcommand or ""
-    if name in cli.commands and name != "serve":  # which reads a file beside them
-        context.default_map = {name: settings.from_environment(cli.commands[name], os.environ)}
 
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    is_eager=True,
-    expose_value=False,
-    callback=settings.use,
-    help="YAML file with flags as keys. Each flag is also a variable: --max-n is SERVEKIT_MAX_N.",
-)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free port.")
 @click.option("--api-key", multiple=True, help="A key that callers need. Others see it in the process list.")
@@ -179,6 +167,7 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--allow-insecure-bind", "--insecure-no-auth", is_flag=True, help="Listen beyond loopback without a key.")
 @click.option("--ignore-unknown-fields", is_flag=True, help="Do not refuse fields that are not known.")
 @click.option("--allow-request-priority", is_flag=True, help="Let callers set priority.")
+@click.option("--enable-prompt-embeds", is_flag=True, help="Take embeddings in place of prompts, in safetensors.")
 @click.option(
     "--tool-call-parser", default="auto", show_default=True, help="How the model writes calls; none: no tools."
 )
@@ -187,6 +176,12 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--chat-template", default=None, help="A file with the chat template; unset: the model's own.")
 @click.option(
     "--allowed-media-domains", multiple=True, help="A host whose pictures may be named by URL; none unless given."
+)
+@click.option(
+    "--allowed-media-dirs",
+    "--allowed-local-media-path",
+    multiple=True,
+    help="A folder whose pictures may be named by file: URLs; none unless given.",
 )
 @click.option("--pooling", default="auto", show_default=True, help="How /v1/embeddings works: none, last or mean.")
 @click.option("--shutdown-timeout-s", "--drain-s", default=30.0, show_default=True, help="Seconds for requests to end.")
@@ -213,11 +208,13 @@ def serve(
     allow_insecure_bind: bool,
     ignore_unknown_fields: bool,
     allow_request_priority: bool,
+    enable_prompt_embeds: bool,
     tool_call_parser: str,
     reasoning_parser: str,
     allow_request_chat_template: bool,
     chat_template: str | None,
     allowed_media_domains: tuple[str, ...],
+    allowed_media_dirs: tuple[str, ...],
     pooling: str,
     shutdown_timeout_s: float,
     log_level: str,
@@ -244,11 +241,13 @@ def serve(
         allow_insecure_bind=allow_insecure_bind,
         ignore_unknown_fields=ignore_unknown_fields,
         allow_request_priority=allow_request_priority,
+        enable_prompt_embeds=enable_prompt_embeds,
         tool_call_parser=tool_call_parser,
         reasoning_parser=reasoning_parser,
         allow_request_chat_template=allow_request_chat_template,
         chat_template=chat_template,
         allowed_media_domains=allowed_media_domains,
+        allowed_media_dirs=allowed_media_dirs,
         pooling=pooling,
         shutdown_timeout_s=shutdown_timeout_s,
         limits=ServerLimits(**limits),
@@ -576,6 +575,10 @@ def _kernels() -> dict[str, list[str]]:
             names = [module.name for module in pkgutil.iter_modules(folder)]
             found[operation.name] = [name for name in names if name not in NOT_BACKENDS]
     return {name: backends for name, backends in found.items() if backends}
+
+
+for command in cli.commands.values():
+    settings.add_file_option(command)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -42,18 +42,6 @@ def defaults_of(command: click.Command, path: Path | None, environment: Mapping[
         ConfigError: a file that cannot be read, a key that is not known, a value of another type.
     """
     found = {} if path is None else _from_file(path, _options(command))
-    return found | from_environment(command, environment)
-
-
-def from_environment(command: click.Command, environment: Mapping[str, str]) -> dict[str, Any]:
-    """What variables say of the command's flags, and below its name those of a group's commands.
-
-    Raises:
-        ConfigError: a value of another type.
-    """
-    found: dict[str, Any] = {}
-    if isinstance(command, click.Group):
-        found = {name: from_environment(inner, environment) for name, inner in command.commands.items()}
     for name, option in _options(command).items():
         text = environment.get(PREFIX + name.upper())
         if text is not None and name not in OWN_VARIABLES:
@@ -125,6 +113,18 @@ def _from_text(variable: str, text: str, option: click.Option) -> Any:
         raise ConfigError(variable, text, f"another value: {limit}", flag=variable) from error
 
 
-def use(context: click.Context, option: click.Parameter, path: Path | None) -> None:
-    """The callback of ``--config``, which is read before all other flags."""
+def add_file_option(command: click.Command) -> None:
+    """Give ``command``, where it has flags, and all commands below it the flag ``--config``, and variables with it."""
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            add_file_option(inner)
+    if _options(command):
+        told = "YAML file with flags as keys. Each flag is also a variable: --max-n is SERVEKIT_MAX_N."
+        kind = click.Path(path_type=Path)
+        file = click.Option(["--config"], type=kind, is_eager=True, expose_value=False, callback=_use, help=told)
+        command.params.append(file)
+
+
+def _use(context: click.Context, option: click.Parameter, path: Path | None) -> None:
+    """Called before all other flags are read."""
     context.default_map = defaults_of(context.command, path, os.environ)

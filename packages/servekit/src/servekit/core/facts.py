@@ -27,3 +27,4 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "float32"
     device: str = "cpu"
     num_parameters: int = 0
+    embed_size: int = 0  # numbers of a token's embedding; 0: this model takes tokens only

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from servekit.core.prompt_embeds import PromptEmbeds
 from servekit.sampling.parameters import SamplingParams
 
 NULL_BLOCK = 0  # block 0 is never given out: it pads tables and stands where a window has moved on
@@ -31,6 +32,7 @@ class RowStart(msgspec.Struct, frozen=True, array_like=True):
     eos_token_ids: list[int]  # banned until min_tokens are out
     adapter_id: int = 0  # 0: no adapter
     pooling: str = ""  # last | mean | all
+    embeds: PromptEmbeds | None = None  # in place of those of the prompt's tokens
 
 
 class BlockAppend(msgspec.Struct, frozen=True, array_like=True):

@@ -1,9 +1,10 @@
 """Blocks found again by what is in them.
 
 The key of a block is a hash over the key of the block before it, its tokens, and the media that begin in it; the
-chain starts from a root made of a secret of this process, the adapter and the caller's ``cache_salt``. So a key
-stands for everything that the block's keys and values depend on, and a hit never crosses salts. A block that is
-not full, or that agrees only in its first tokens, is found through its parent's key and copied.
+chain starts from a root made of a secret of this process, the adapter, the caller's ``cache_salt``, and embeddings that
+stand in place of the prompt's tokens. So a key stands for everything that the block's keys and values depend on, and a
+hit never crosses salts. A block that is not full, or that agrees only in its first tokens, is found through its
+parent's key and copied.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Hasher:
 
     def root(self, request: Request) -> bytes:
         salt = request.cache_salt.encode("utf-8", "surrogatepass")
-        return sha256(self._secret + request.adapter_id.to_bytes(8, "little") + salt).digest()
+        embeds = request.embeds.digest if request.embeds is not None else b""
+        parts = request.adapter_id.to_bytes(8, "little") + len(salt).to_bytes(8, "little") + salt
+        return sha256(self._secret + parts + embeds).digest()
 
     def keys(self, request: Request, num_blocks: int) -> list[bytes]:
         """``request.hashes``, with the root and the keys of the first ``num_blocks`` full blocks at least."""

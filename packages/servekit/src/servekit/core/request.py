@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from servekit.core.plan import TokenLogprob
+from servekit.core.prompt_embeds import PromptEmbeds
 from servekit.sampling.parameters import SamplingParams
 
 
@@ -93,10 +94,11 @@ class Request:
     """
 
     __slots__ = (  # a step reads several of each row's: slots are found soonest
-        "adapter_id", "arrival", "cache_salt", "deadline", "decodes_until", "drafts", "eos_token_ids", "events",
-        "final_only", "finish_reason", "fork_of", "grows_until", "hashes", "id", "max_total", "media", "num_cached",
-        "num_computed", "num_confirmed", "num_known", "num_prompt", "order", "pooled", "pooling", "priority",
-        "prompt_logprobs", "sampling", "slot", "state", "stop_ids", "tables", "tenant", "token_ids",
+        "adapter_id", "arrival", "cache_salt", "deadline", "decodes_until", "drafts", "embeds",
+        "eos_token_ids", "events", "final_only", "finish_reason", "fork_of", "grows_until", "hashes", "id",
+        "max_total", "media", "num_cached", "num_computed", "num_confirmed", "num_known", "num_prompt",
+        "order", "pooled", "pooling", "priority", "prompt_logprobs", "sampling", "slot", "state", "stop_ids",
+        "tables", "tenant", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -116,6 +118,7 @@ class Request:
         fork_of: str | None = None,
         pooling: str = "",
         final_only: bool = False,
+        embeds: PromptEmbeds | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """A request as the door has checked it.
@@ -128,6 +131,7 @@ class Request:
             fork_of: the id of the request that computes the same prompt.
             pooling: last | mean | all: what to return of the prompt's hidden states, without an answer.
             final_only: tell nothing before the end, and then everything; not with logprobs.
+            embeds: stand in place of the prompt's tokens, whose ids say nothing then.
         """
         self.id = request_id
         self.sampling = sampling
@@ -141,6 +145,7 @@ class Request:
         self.fork_of = fork_of
         self.pooling = pooling
         self.final_only = final_only
+        self.embeds = embeds
         self.arrival = clock()
         self.order = 0  # the scheduler's running number, ties of arrival included
 

@@ -317,6 +317,7 @@ class Scheduler:
                 eos_token_ids=request.eos_token_ids,
                 adapter_id=request.adapter_id,
                 pooling=request.pooling,
+                embeds=request.embeds,
             )
         )
 

@@ -21,6 +21,7 @@ import zmq.asyncio
 from common_platform import errors
 from common_platform.errors import EngineDead, PlatformError, RequestError
 from servekit.core.facts import ModelFacts
+from servekit.core.prompt_embeds import PromptEmbeds
 from servekit.core.stats import SchedulerStats
 from servekit.engine import messages as m
 from servekit.engine.config import EngineConfig
@@ -251,7 +252,7 @@ class AsyncEngine:
     async def add_request(
         self,
         request_id: str,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | PromptEmbeds,
         params: SamplingParams,
         *,
         is_replayable: bool = False,
@@ -291,7 +292,11 @@ class AsyncEngine:
         return stream
 
     async def generate(
-        self, prompt: str | Sequence[int], sampling_params: SamplingParams, request_id: str, **about: Any
+        self,
+        prompt: str | Sequence[int] | PromptEmbeds,
+        sampling_params: SamplingParams,
+        request_id: str,
+        **about: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of one request as they come; leaving the loop early ends the request in the engine::
 

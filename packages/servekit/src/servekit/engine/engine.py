@@ -161,6 +161,7 @@ class EngineCore:
                 fork_of=request.child_id(0) if index else None,
                 pooling=request.pooling,
                 final_only=request.final_only,
+                embeds=request.embeds,
             )
             try:
                 self.scheduler.add(sequence)

@@ -8,6 +8,7 @@ import msgspec
 
 from common_platform.errors import RequestError
 from servekit.core.facts import ModelFacts
+from servekit.core.prompt_embeds import PLACEHOLDER, PromptEmbeds
 from servekit.engine.tokenizer import Tokenizer
 from servekit.sampling.parameters import SamplingParams
 
@@ -29,6 +30,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     timeout_s: float | None = None  # from its arrival at the engine
     pooling: str = ""  # last | mean | all: what to return of the prompt's hidden states, without an answer
     final_only: bool = False  # nothing is told before the end
+    embeds: PromptEmbeds | None = None  # in place of the prompt's tokens, whose ids are placeholders then
 
     @property
     def num_sequences(self) -> int:
@@ -46,7 +48,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 def validate(
     request_id: str,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[int] | PromptEmbeds,
     params: SamplingParams,
     facts: ModelFacts,
     tokenizer: Tokenizer,
@@ -74,7 +76,12 @@ def validate(
     if timeout_s is not None and not 0 < timeout_s <= MAX_TIMEOUT_S:
         raise RequestError("timeout", timeout_s, f"seconds in (0, {MAX_TIMEOUT_S:g}]", code="out_of_range")
     params.check_vocabulary(facts.vocab_size)
-    token_ids = _tokens(prompt, facts, tokenizer, add_special_tokens, param)
+    embeds = prompt if isinstance(prompt, PromptEmbeds) else None
+    if isinstance(prompt, PromptEmbeds):
+        _check_embeds(prompt, params, facts, param)
+        token_ids = [PLACEHOLDER] * prompt.num_tokens
+    else:
+        token_ids = _tokens(prompt, facts, tokenizer, add_special_tokens, param)
     _check_length(len(token_ids), params, facts, param)
     return EngineRequest(
         request_id=request_id,
@@ -85,7 +92,19 @@ def validate(
         cache_salt=cache_salt,
         timeout_s=timeout_s,
         pooling=pooling,
+        embeds=embeds,
     )
+
+
+def _check_embeds(embeds: PromptEmbeds, params: SamplingParams, facts: ModelFacts, param: str) -> None:
+    if not facts.embed_size:
+        raise RequestError(param, "embeddings", "tokens: this model takes nothing else", code="unsupported")
+    if embeds.hidden_size != facts.embed_size:
+        got = f"[{embeds.num_tokens},{embeds.hidden_size}]"
+        raise RequestError(param, got, f"[*,{facts.embed_size}]", code="invalid_shape")
+    if params.prompt_logprobs is not None:
+        limit = "none with embeddings: they are of no tokens"
+        raise RequestError("prompt_logprobs", params.prompt_logprobs, limit, code="conflict")
 
 
 def _tokens(

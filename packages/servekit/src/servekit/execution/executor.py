@@ -113,6 +113,7 @@ class InProcessExecutor:
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
             num_parameters=num_parameters,
+            embed_size=getattr(self.model, "embed_size", 0),
         )
         self._processors = logits_processors.for_all(config.logits_processors)
         self._proposer = self._make_proposer()

@@ -178,7 +178,7 @@ class GraphedForward:
         tokens = len(inputs.token_ids)
         is_decode = all(len(rows.counts) == tokens for rows in inputs.rows)
         buckets = self._decodes if is_decode else self._piecewise
-        size = bucket_of(tokens, sorted(buckets))
+        size = None if inputs.given is not None else bucket_of(tokens, sorted(buckets))
         if size is None:
             self.num_eager += 1
             return self._forward(inputs)

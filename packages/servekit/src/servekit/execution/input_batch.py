@@ -11,8 +11,9 @@ import torch
 
 from servekit.core.facts import KVGroup
 from servekit.core.plan import BlockAppend, RowStart, StepPlan
+from servekit.core.prompt_embeds import PromptEmbeds
 from servekit.kernels.paged_attention.metadata import StepRows, build_metadata, to_device
-from servekit.layers.attention import MetadataBuilder, StepInputs
+from servekit.layers.attention import GivenRows, MetadataBuilder, StepInputs
 
 UNKNOWN = -1  # a token that the device has sampled and the host has not seen yet
 
@@ -47,6 +48,7 @@ class InputBatch:
         build: MetadataBuilder = build_metadata,
     ) -> None:
         self._build = build
+        self._given: dict[int, tuple[int, torch.Tensor]] = {}  # slot -> first position, [tokens, hidden] from there
         self._newest: torch.Tensor | None = None  # [max_num_seqs] int64, the token sampled last for each slot
         self.block_size = block_size
         self.max_model_len = max_model_len
@@ -66,9 +68,16 @@ class InputBatch:
         self.num_tokens[slot] = count
         self.num_computed[slot] = row.num_computed_tokens
         self.num_prompt[slot] = row.num_prompt_tokens
+        self.end(slot)
+        if row.embeds is not None and row.num_computed_tokens < row.embeds.num_tokens:
+            self._given[slot] = row.num_computed_tokens, _rows_of(row.embeds, row.num_computed_tokens, self.device)
         for group, blocks in enumerate(row.blocks):
             self.table_lengths[group][slot] = 0
             self._append(BlockAppend(slot, group, blocks))
+
+    def end(self, slot: int) -> None:
+        """The slot's row is over; most of it is written over by the next."""
+        self._given.pop(slot, None)
 
     def append(self, appends: Sequence[BlockAppend]) -> None:
         """Block tables grow, mostly by one block each: those are written at once."""
@@ -132,7 +141,28 @@ class InputBatch:
         if self._newest is not None and (token_ids == UNKNOWN).any():
             slots = to_device(np.repeat(step.slots, step.counts), self.device)
             ids = torch.where(ids == UNKNOWN, self._newest[slots], ids)
-        return StepInputs(ids, to_device(positions, self.device), rows, self.block_size, build=self._build)
+        given = self._given_in(step) if self._given else None
+        places = to_device(positions, self.device)
+        return StepInputs(ids, places, rows, self.block_size, build=self._build, given=given)
+
+    def _given_in(self, step: StepArrays) -> GivenRows | None:
+        """The given embeddings of the tokens of ``step``."""
+        places: list[torch.Tensor] = []
+        rows: list[torch.Tensor] = []
+        for slot, start, count, last in zip(
+            step.slots.tolist(), step.starts.tolist(), step.counts.tolist(), step.lasts.tolist(), strict=True
+        ):
+            if slot not in self._given:
+                continue
+            first, given = self._given[slot]
+            mine = given[start - first : start - first + count]
+            if len(mine):
+                place = last + 1 - count
+                places.append(torch.arange(place, place + len(mine), device=self.device))
+                rows.append(mine)
+            else:  # all of them are computed
+                self.end(slot)
+        return GivenRows(torch.cat(places), torch.cat(rows)) if places else None
 
     def add_unseen(self, slots: np.ndarray, token_ids: torch.Tensor) -> None:
         """As ``add_sampled``, with tokens ``[len(slots)]`` that stay on the device: nobody waits for them."""
@@ -154,6 +184,14 @@ class InputBatch:
         """The prompt tokens that stand after the tokens which ``row`` computes in ``step``."""
         slot, start, count = step.slots[row], step.starts[row], step.counts[row]
         return self.token_ids[slot, start + 1 : min(start + count + 1, self.num_prompt[slot])]
+
+
+def _rows_of(embeds: PromptEmbeds, first: int, device: torch.device) -> torch.Tensor:
+    """Those from ``first`` on, ``[num_tokens - first, hidden]`` float32, which holds all that narrower types can."""
+    dtype: torch.dtype = getattr(torch, embeds.dtype)
+    start = first * embeds.hidden_size * dtype.itemsize
+    numbers = torch.frombuffer(bytearray(embeds.data[start:]), dtype=dtype)
+    return numbers.view(-1, embeds.hidden_size).float().to(device)
 
 
 def _integers(values: Sequence[int]) -> np.ndarray:

@@ -185,6 +185,7 @@ class ModelRunner:
 
     def _apply(self, plan: StepPlan) -> None:
         for slot in plan.ends:
+            self.batch.end(slot)
             self.sampler.remove_row(slot)
             self._prompt_logprobs.pop(slot, None)
             self._pools.pop(slot, None)
@@ -196,6 +197,8 @@ class ModelRunner:
         for row in plan.starts:
             self.batch.start(row)
             prompt, output = row.token_ids[: row.num_prompt_tokens], row.token_ids[row.num_prompt_tokens :]
+            if row.embeds is not None:
+                prompt = []  # no tokens that a penalty could be for
             spec = row.sampling.structured_outputs
             grammar = self._grammar_of(spec) if spec and self._grammar_of else None
             self.sampler.add_row(row.slot, row.sampling, prompt, output, row.eos_token_ids, grammar)

@@ -21,6 +21,18 @@ MetadataBuilder = Callable[[np.ndarray, np.ndarray, np.ndarray, int, int, torch.
 Apart = Callable[[Callable[[], Tensor]], Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class GivenRows:
+    """Embeddings that came with prompts: ``rows`` [count, hidden] stand at ``places`` [count] int64 of a step."""
+
+    places: Tensor
+    rows: Tensor
+
+    def put(self, x: Tensor) -> Tensor:
+        """``x`` [tokens, hidden] with these in their places."""
+        return x.index_copy(0, self.places, self.rows.to(x.dtype))
+
+
 @dataclass
 class StepInputs:
     """What the layers of one step read.
@@ -28,6 +40,7 @@ class StepInputs:
     ``token_ids``, ``positions``: ``[tokens]`` int64. ``rows``: one a KV group, with its block tables. ``angles``:
     rotary cosines and sines of the positions, filled by the model. ``build``: makes what the attention kernel reads.
     ``apart``: runs a layer's attention where the rest of the step is recorded (``servekit.execution.graphs``).
+    ``given``: what stands in place of tokens' embeddings.
     """
 
     token_ids: Tensor
@@ -37,6 +50,7 @@ class StepInputs:
     angles: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     build: MetadataBuilder = build_metadata
     apart: Apart | None = None
+    given: GivenRows | None = None
 
     @cached_property
     def attention(self) -> list[AttentionMetadata]:

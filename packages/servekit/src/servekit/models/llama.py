@@ -157,6 +157,7 @@ class Llama:
         config = LlamaConfig.read(weights.folder)
         self.config = config
         self.vocab_size = config.vocab_size
+        self.embed_size = config.hidden_size
         self.kv_groups = kv_groups_of(config.windows)
         group_of = {layer: i for i, group in enumerate(self.kv_groups) for layer in group.layers}
         self.embed = VocabParallelEmbedding(weights, "model.embed_tokens.weight", config.vocab_size, config.hidden_size)
@@ -175,6 +176,8 @@ class Llama:
     def forward(self, step: StepInputs) -> Tensor:
         step.angles["rope"] = self.rotary.at(step.positions)
         x, residual = self.embed(step.token_ids), None
+        if step.given is not None:
+            x = step.given.put(x)
         for layer in self.layers:
             x, residual = layer(x, residual, step)
         return self.norm.add(x, residual)[0]

@@ -39,6 +39,21 @@ class Layer:
     down: PackedWeight
 
 
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """The operations of a step of up to ``capacity`` tokens, in programs with sums over ranks between them.
+
+    ``x`` [capacity, hidden] is where the embeddings stand, ``hidden`` where the last states come out.
+    """
+
+    cache: Tensor
+    capacity: int
+    programs: list[Program]
+    x: Tensor
+    hidden: Tensor
+    partial: Tensor
+
+
 class Operand:
     """What one operation writes and a product reads: 8-bit rows are written as floats first, for their scales."""
 
@@ -71,6 +86,7 @@ class NativeLlama:
         self._kv_heads = share("num_key_value_heads", config.num_kv_heads, self._ranks)
         self.config = config
         self.vocab_size = config.vocab_size
+        self.embed_size = config.hidden_size
         self.kv_groups = kv_groups_of(config.windows)
         group_of = {layer: i for i, group in enumerate(self.kv_groups) for layer in group.layers}
         padded = -(-config.head_dim // HEAD_UNIT) * HEAD_UNIT
@@ -82,8 +98,8 @@ class NativeLlama:
         frequencies, factor = inverse_frequencies(config.rope, config.head_dim, config.max_positions)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
         self._angles = torch.cat((angles.cos() * factor, angles.sin() * factor), dim=1).contiguous()
-        self._recorded_for: tuple[Tensor, int] | None = None
         self._greedy: tuple[Program, Tensor, Tensor] | None = None
+        self._recordings: dict[bool, Recording] = {}  # by whether embeddings are given
         self._record_head(1)
 
     @staticmethod
@@ -146,16 +162,19 @@ class NativeLlama:
 
     def forward(self, step: StepInputs) -> Tensor:
         """The last hidden states, ``[tokens, hidden]`` float32: valid until the next call."""
-        tokens = len(step.token_ids)
-        cache = self.attentions[0].cache
-        if self._recorded_for is None or self._recorded_for[0] is not cache or self._recorded_for[1] < tokens:
-            self._record(max(SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length()))
-        for program in self._programs[:-1]:
+        tokens, is_given = len(step.token_ids), step.given is not None
+        recording = self._recordings.get(is_given)
+        if recording is None or recording.cache is not self.attentions[0].cache or recording.capacity < tokens:
+            capacity = max(SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length())
+            recording = self._recordings[is_given] = self._record(capacity, looks_up=not is_given)
+        if step.given is not None:
+            recording.x[:tokens] = step.given.put(self._table[step.token_ids].float())
+        for program in recording.programs[:-1]:
             program.run(step.token_ids, step.positions, step.rows)
-            mine = self._partial[:tokens]
+            mine = recording.partial[:tokens]
             mine.copy_(self._ranks.all_reduce(mine))
-        self._programs[-1].run(step.token_ids, step.positions, step.rows)
-        return self._hidden[:tokens]
+        recording.programs[-1].run(step.token_ids, step.positions, step.rows)
+        return recording.hidden[:tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden]`` -> ``[rows, vocab]`` float32: valid until the next call."""
@@ -194,8 +213,12 @@ class NativeLlama:
         program.linear(x, self._head, out)
         self._head_program, self._logits = program, out.tensor()
 
-    def _record(self, capacity: int) -> None:
-        """The operations of a step of up to ``capacity`` tokens, on the caches that are bound now."""
+    def _record(self, capacity: int, *, looks_up: bool) -> Recording:
+        """The operations of a step, on the caches that are bound now.
+
+        Args:
+            looks_up: the embeddings in the vocabulary's matrix; else they are put where ``x`` is.
+        """
         config, library, eps = self.config, self._library, self.config.eps
         first = self._layers[0]
         caches = [Cache(a.cache, config.head_dim, a.group, a.kv_scales) for a in self.attentions]
@@ -218,7 +241,8 @@ class NativeLlama:
             programs.append(Program(library, self._pool))
             programs[-1].add(partial, x)
 
-        programs[-1].embed(self._table, x)
+        if looks_up:
+            programs[-1].embed(self._table, x)
         for layer, attention, cache in zip(self._layers, self.attentions, caches, strict=True):
             window = self.kv_groups[attention.group].window
             program = programs[-1]
@@ -232,5 +256,5 @@ class NativeLlama:
             program.linear(normed, layer.gate_up, inner.written, Epilogue.SWIGLU)
             add_to_x(inner, layer.down)
         programs[-1].norm(x, self._norm, eps, hidden)
-        self._programs, self._hidden, self._partial = programs, hidden.tensor(), partial.tensor()
-        self._recorded_for = (self.attentions[0].cache, capacity)
+        bound = self.attentions[0].cache
+        return Recording(bound, capacity, programs, x.tensor(), hidden.tensor(), partial.tensor())

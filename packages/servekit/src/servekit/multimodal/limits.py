@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from common_platform.errors import ConfigError
 
@@ -15,13 +16,25 @@ class MediaLimits:
     max_side: int = 16_384  # pixels
     max_aspect: int = 200  # the longer side over the shorter
     allowed_domains: tuple[str, ...] = ()  # of URLs; none: no URL is taken
+    allowed_dirs: tuple[str, ...] = ()  # absolute, of file: URLs; none: no file is opened
+    timeout_s: float = 10.0  # to fetch one
 
     def __post_init__(self) -> None:
-        for name in ("max_parts", "max_bytes", "max_pixels", "max_side", "max_aspect"):
-            if getattr(self, name) < 1:
+        for name in ("max_parts", "max_bytes", "max_pixels", "max_side", "max_aspect", "timeout_s"):
+            if getattr(self, name) < (0 if name == "timeout_s" else 1):
                 raise ConfigError(name, getattr(self, name), "1 or more")
         for domain in self.allowed_domains:
             check_domain(domain)
+        for folder in self.allowed_dirs:
+            check_dir(folder)
+
+
+def check_dir(folder: str) -> None:
+    """Raise ConfigError for what is no folder, or not spelt out: which files may be read is to be plain."""
+    path = Path(folder)
+    if not path.is_absolute() or not path.is_dir() or str(path.resolve()) != folder or path == Path("/"):
+        limit = "folders, each as its absolute path without links"
+        raise ConfigError("allowed_media_dirs", folder, limit, flag="--allowed-media-dirs")
 
 
 def check_domain(domain: str) -> None:

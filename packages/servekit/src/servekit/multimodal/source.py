@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from common_platform.errors import RequestError
 from servekit.multimodal.limits import MediaLimits
 
-DATA = "data:"
+DATA, FILE = "data:", "file://"
 SCHEMES = ("http", "https")
 IN_HOSTS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-.")
 
@@ -50,12 +50,19 @@ def _too_large(size: int, path: str, limits: MediaLimits) -> RequestError:
     return RequestError(path, f"{size} bytes", allowed, code="media_too_large", flag="--max-media-bytes")
 
 
+def is_file(url: str) -> bool:
+    return url[:7].lower() == FILE
+
+
 def check_url(url: str, path: str, limits: MediaLimits) -> None:
     """Raise RequestError for a URL that would not be fetched: parsed once, here, and strictly.
 
-    Scheme first, then form, then host: only hosts that the operator names are allowed.
+    Scheme first, then form, then host: only hosts that the operator names are allowed. Files are where the operator
+    names folders; which of them is looked at when one is opened.
     """
     scheme = url.partition(":")[0].lower()
+    if limits.allowed_dirs and is_file(url):
+        return
     if scheme not in SCHEMES:
         raise RequestError(path, scheme, "data, http or https", code="media_scheme_refused")
     host = _host_of(url)

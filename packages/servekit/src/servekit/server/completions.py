@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 from common_platform.errors import RequestError
+from servekit.core.prompt_embeds import PromptEmbeds
+from servekit.engine.prompt_embeds import read_prompt_embeds
 from servekit.server import fields as f
 from servekit.server.protocol import (
     CompletionRequest,
@@ -24,13 +27,18 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 def completion_fields(door: Door, *, can_infill: bool = False) -> dict[str, f.Check]:
     """Args: can_infill: the model takes a ``suffix``."""
     limits = door.config.limits
-    return common_fields(door) | {
-        "prompt": prompts_of(door, limits.max_prompts, "--max-prompts", "prompts"),
-        "best_of": f.integer(1, limits.max_n, "--max-n"),
-        "echo": f.boolean,
-        "logprobs": f.integer(0, limits.max_logprobs, "--max-logprobs"),
-        "suffix": f.text(2**31) if can_infill else _suffix,
-    }
+    embeds = {"prompt_embeds": _embeds_of(door)} if door.config.enable_prompt_embeds else {}
+    return (
+        common_fields(door)
+        | embeds
+        | {
+            "prompt": prompts_of(door, limits.max_prompts, "--max-prompts", "prompts"),
+            "best_of": f.integer(1, limits.max_n, "--max-n"),
+            "echo": f.boolean,
+            "logprobs": f.integer(0, limits.max_logprobs, "--max-logprobs"),
+            "suffix": f.text(2**31) if can_infill else _suffix,
+        }
+    )
 
 
 def read_completion(door: Door, body: dict[str, Any], checks: dict[str, f.Check]) -> CompletionRequest:
@@ -39,14 +47,20 @@ def read_completion(door: Door, body: dict[str, Any], checks: dict[str, f.Check]
     Raises:
         RequestError: the first fault, in the order of the body.
     """
-    checked = check_body(door, body, checks, "prompt")
-    prompts, is_batch = checked["prompt"]
+    required = ("prompt",) if body.get("prompt_embeds") is None else ()
+    checked = check_body(door, _without_empty_prompt(body), checks, *required)
+    prompts, prompt_names = _prompts_and_names(checked)
+    if len(prompts) > door.config.limits.max_prompts:
+        raise _too_many("prompt_embeds", len(prompts), "prompts", door.config.limits.max_prompts, "--max-prompts")
     echo, logprobs = checked.get("echo", False), checked.get("logprobs")
     max_tokens = _max_tokens(door, checked, echo)
     check_together(door, checked, num_prompts=len(prompts), max_tokens=max_tokens, tokens_name="max_tokens")
     spec, names = structured_output(checked, door.config.limits)
     if echo and checked.get("suffix"):
         raise RequestError("echo", True, "false with suffix", code="conflict")
+    for name in ("echo", "suffix") if checked.get("prompt_embeds") else ():
+        if checked.get(name):
+            raise RequestError(name, checked[name], "none with prompt_embeds: they are of no text", code="conflict")
     if echo and logprobs is not None:
         checked.setdefault("prompt_logprobs", logprobs)
     return CompletionRequest(
@@ -54,11 +68,57 @@ def read_completion(door: Door, body: dict[str, Any], checks: dict[str, f.Check]
         params=sampling_params(checked, max_tokens=max_tokens, logprobs=logprobs, structured=spec),
         param_names=names,
         prompts=prompts,
-        is_batch=is_batch,
+        names=prompt_names,
         echo=echo,
         suffix=checked.get("suffix") or "",
         add_special_tokens=checked.get("add_special_tokens", True),
     )
+
+
+def _without_empty_prompt(body: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's client wants a prompt, so who has embeddings only sends an empty one."""
+    is_empty = body.get("prompt_embeds") is not None and body.get("prompt") in ("", [])
+    return {name: value for name, value in body.items() if name != "prompt"} if is_empty else body
+
+
+def _prompts_and_names(checked: dict[str, Any]) -> tuple[list[Prompt], list[str]]:
+    """Embeddings come first."""
+    prompts: list[Prompt] = []
+    names: list[str] = []
+    for field in ("prompt_embeds", "prompt"):
+        found, is_batch = checked.get(field, ([], False))
+        prompts += found
+        names += [f"{field}[{index}]" if is_batch else field for index in range(len(found))]
+    return prompts, names
+
+
+def _embeds_of(door: Door) -> f.Check:
+    """Base64 of a safetensors file, or a list of such."""
+    text: dict[str, Any] = {"type": "string", "minLength": 1}
+    most = door.config.limits.max_prompts
+
+    @f.described({"anyOf": [text, {"type": "array", "items": text, "minItems": 1, "maxItems": most}]})
+    def check(value: Any, path: str) -> tuple[list[Prompt], bool]:
+        if isinstance(value, str):
+            return [_one_embeds(door, value, path)], False
+        if not isinstance(value, list):
+            raise f.wrong_type(path, value, "string or array")
+        if not 1 <= len(value) <= most:
+            raise _too_many(path, len(value), "prompts", most, "--max-prompts")
+        return [_one_embeds(door, item, f"{path}[{index}]") for index, item in enumerate(value)], True
+
+    return check
+
+
+def _one_embeds(door: Door, value: Any, path: str) -> PromptEmbeds:
+    if not isinstance(value, str):
+        raise f.wrong_type(path, value, "string")
+    try:
+        content = base64.b64decode(value, validate=True)
+    except ValueError as error:
+        raise RequestError(path, "data that is not base64", "base64", code="invalid_base64") from error
+    facts = door.facts
+    return read_prompt_embeds(content, path, hidden_size=facts.embed_size, max_tokens=facts.max_model_len)
 
 
 def _max_tokens(door: Door, checked: dict[str, Any], echo: bool) -> int:
@@ -99,7 +159,7 @@ def prompts_of(door: Door, most: int, flag: str, what: str) -> f.Check:
 
 def _batch(door: Door, value: list[Any], path: str, most: int, flag: str, what: str) -> list[Prompt]:
     if len(value) > most:
-        raise RequestError(path, f"{len(value)} {what}", f"1..{most}", code="out_of_range", flag=flag)
+        raise _too_many(path, len(value), what, most, flag)
     kind = type(value[0])
     prompts: list[Prompt] = []
     for index, item in enumerate(value):
@@ -108,6 +168,10 @@ def _batch(door: Door, value: list[Any], path: str, most: int, flag: str, what: 
             raise f.wrong_type(at, item, "one kind only: a mixed list of strings and arrays has no meaning")
         prompts.append(_text(item, at) if kind is str else _tokens(door, item, at))
     return prompts
+
+
+def _too_many(path: str, count: int, what: str, most: int, flag: str) -> RequestError:
+    return RequestError(path, f"{count} {what}", f"1..{most}", code="out_of_range", flag=flag)
 
 
 def _text(value: str, path: str) -> str:

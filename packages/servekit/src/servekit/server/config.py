@@ -10,7 +10,7 @@ import msgspec
 
 from common_platform.errors import ConfigError
 from servekit.engine.supervisor import RestartPolicy
-from servekit.multimodal.limits import MediaLimits, check_domain
+from servekit.multimodal.limits import MediaLimits, check_dir, check_domain
 from servekit.server.budgets import Budget
 from servekit.server.embedding_model import POOLING
 from servekit.server.keys import check_key, read_keys
@@ -42,12 +42,14 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     allow_insecure_bind: bool = False
     ignore_unknown_fields: bool = False
     allow_request_priority: bool = False
+    enable_prompt_embeds: bool = False  # in completions
     shutdown_timeout_s: float = 30.0
     tool_call_parser: str = "auto"  # auto | none | a name of parsers/registry.py
     reasoning_parser: str = "auto"
     allow_request_chat_template: bool = False
     chat_template: str | None = None  # a file with another than the model's own
     allowed_media_domains: tuple[str, ...] = ()  # whose pictures may be named by URL
+    allowed_media_dirs: tuple[str, ...] = ()  # whose pictures may be named as file: URLs
     pooling: str = "auto"  # auto | none | last | mean: how /v1/embeddings makes a vector of a prompt
     limits: ServerLimits = ServerLimits()
 
@@ -69,6 +71,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             read_keys(self.api_key_file)  # a file that cannot be used is known before a model is loaded
         for domain in self.allowed_media_domains:
             check_domain(domain)
+        for folder in self.allowed_media_dirs:
+            check_dir(folder)
         RestartPolicy(self.max_engine_restarts)
         if self.chat_template is not None and not Path(self.chat_template).is_file():
             raise ConfigError("chat_template", Path(self.chat_template).name, "a file", flag="--chat-template")
@@ -94,6 +98,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             max_side=limits.max_image_side,
             max_aspect=limits.max_image_aspect,
             allowed_domains=tuple(domain.lower() for domain in self.allowed_media_domains),
+            allowed_dirs=self.allowed_media_dirs,
+            timeout_s=limits.media_timeout_s,
         )
 
     def _check_admin(self) -> None:

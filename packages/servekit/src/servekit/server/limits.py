@@ -56,6 +56,8 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_tools: Annotated[int, Meta(description="tools of a request")] = 128
     max_media_parts: Annotated[int, Meta(description="pictures of a request")] = 16
     max_media_bytes: Annotated[int, Meta(description="bytes of a picture")] = 20 * MIB
+    media_inflight_bytes: Annotated[int, Meta(description="bytes of pictures that are fetched at once")] = 1024 * MIB
+    media_timeout_s: Annotated[float, Meta(description="seconds to fetch a picture")] = 10.0
     max_image_pixels: Annotated[int, Meta(description="pixels of a picture")] = 32 * MIB
     max_image_side: Annotated[int, Meta(description="pixels of a picture's longer side")] = 16_384
     max_image_aspect: Annotated[int, Meta(description="longer side over shorter side")] = 200
@@ -67,6 +69,7 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_regex_chars: Annotated[int, Meta(description="characters of a regex")] = 4_096
     max_grammar_states: Annotated[int, Meta(description="states a regex may unfold to")] = 100_000
     grammar_timeout_s: Annotated[float, Meta(description="seconds to compile a grammar")] = 5.0
+    grammar_cache_bytes: Annotated[int, Meta(description="bytes of compiled grammars that are kept")] = 256 * MIB
     max_embedding_inputs: Annotated[int, Meta(description="inputs, documents or texts of a request")] = 2_048
     max_stored_responses: Annotated[int, Meta(description="responses kept to be asked for again")] = 1_000
     response_store_bytes: Annotated[int, Meta(description="bytes of them together")] = 256 * MIB
@@ -86,6 +89,7 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
             max_regex_chars=self.max_regex_chars,
             max_grammar_states=self.max_grammar_states,
             timeout_s=self.grammar_timeout_s,
+            cache_bytes=self.grammar_cache_bytes,
         )
 
 

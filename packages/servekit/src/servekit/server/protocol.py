@@ -8,11 +8,12 @@ from typing import Any
 
 from common_platform.errors import RequestError
 from servekit.core.facts import ModelFacts
+from servekit.core.prompt_embeds import PromptEmbeds
 from servekit.sampling.parameters import INT64_MAX, SamplingParams, StructuredOutput
 from servekit.server import fields as f
 from servekit.server.config import ServerConfig
 
-Prompt = str | list[int]
+Prompt = str | list[int] | PromptEmbeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +35,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest(GenerationRequest):
-    """``is_batch`` tells whether the prompts came as a list, so that errors can name them."""
+    """``names``: the caller's own of each prompt, for errors."""
 
     prompts: list[Prompt]
-    is_batch: bool
+    names: list[str]
     echo: bool = False
     suffix: str = ""  # what must follow the answer
     add_special_tokens: bool = True

@@ -21,6 +21,7 @@ from servekit.server.config import ServerConfig
 from servekit.server.embedding_model import EmbeddingModel, embedding_model
 from servekit.server.generation import Generation
 from servekit.server.health import Heartbeat
+from servekit.server.images import Sight
 from servekit.server.infill import Infill, infill_of
 from servekit.server.keys import KeyRing
 from servekit.server.metrics import Metrics
@@ -50,6 +51,7 @@ class ServerState:
     templates: Templates
     embedding_model: EmbeddingModel
     infill: Infill | None
+    sight: Sight
     completion_checks: dict[str, f.Check] = field(init=False)
     chat_checks: dict[str, f.Check] = field(init=False)
     response_checks: dict[str, f.Check] = field(init=False)
@@ -119,6 +121,7 @@ def make_state(engine: AsyncEngine, config: ServerConfig) -> ServerState:
         templates=Templates(model, TemplateLimits(timeout_s=config.limits.template_timeout_s)),
         embedding_model=embeds,
         infill=infill_of(engine.tokenizer),
+        sight=Sight(config.media, config.limits.media_inflight_bytes),
     )
 
 

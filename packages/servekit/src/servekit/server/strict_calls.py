@@ -7,12 +7,9 @@ begins a call, then a call. Marks that are special tokens cannot stand in text, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from servekit.sampling.structured.grammar import JSON_STYLE
-from servekit.server.call_schemas import any_call, parameters_of
 from servekit.server.parsers.deepseek import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEP
 from servekit.server.parsers.harmony import CHANNEL, CONSTRAIN, MESSAGE, START
 from servekit.server.parsers.hermes import BEGIN as HERMES_BEGIN
@@ -20,41 +17,10 @@ from servekit.server.parsers.hermes import END as HERMES_END
 from servekit.server.parsers.llama3 import PYTHON_TAG
 from servekit.server.parsers.mistral import ARGS
 from servekit.server.parsers.mistral import BEGIN as MISTRAL_BEGIN
+from servekit.server.strict_form import ANY, Calls, regex_of
+from servekit.server.strict_pythonic import pythonic
 
-Tool = dict[str, Any]
-ANY = r"(.|\n)*"
 THINKING = {"qwen3": ("<think>", "</think>"), "deepseek_r1": ("", "</think>"), "mistral": ("[THINK]", "[/THINK]")}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calls:
-    """What a grammar is written for. ``special_ids``: the tokenizer's special tokens, by their text."""
-
-    tools: Sequence[Tool]
-    is_parallel: bool
-    reasoning: str  # the name of the reasoning parser; empty for none
-    special_ids: Mapping[str, int]
-
-    def mark(self, text: str) -> str:
-        """``text`` as the grammar's own: a special token, or a string."""
-        return f"<[{self.special_ids[text]}]>" if text in self.special_ids else json.dumps(text)
-
-    def any_json_call(self, key: str) -> str:
-        return _json(any_call(self.tools, key, strict_only=True))
-
-    @property
-    def times(self) -> str:
-        return "*" if self.is_parallel else "?"
-
-    def arguments(self, index: int) -> str:
-        return _json(parameters_of(self.tools, index, strict_only=True))
-
-    def names(self) -> list[str]:
-        return [tool["function"]["name"] for tool in self.tools]
-
-
-def _json(schema: Mapping[str, Any]) -> str:
-    return "%json " + json.dumps({**schema, "x-guidance": JSON_STYLE})
 
 
 def strict_grammar(parser: str, calls: Calls) -> str | None:
@@ -70,7 +36,7 @@ def _among_text(calls: Calls, begin: str, body: str) -> str:
     if begin in calls.special_ids:
         rules = f"called: TEXT {calls.mark(begin)} {body}\ntail: TEXT\n"
     else:
-        mark = _regex(begin)
+        mark = regex_of(begin)
         rules = f"begun[lazy]: /{ANY}{mark}/{thinking.excluded}\ncalled: begun {body}\n"
         rules += f"tail: TAIL\nTAIL: TEXT & ~/{ANY}{mark}{ANY}/{thinking.excluded}\n"
     return f"start: {thinking.in_front}called{calls.times} tail\n{thinking.rules}{rules}TEXT: /{ANY}/\n"
@@ -94,16 +60,12 @@ def _thinking(calls: Calls) -> _Thinking:
     if not begin:  # the prompt ends within it
         rules = f"thinking: TEXT {calls.mark(end)}\n" if end in calls.special_ids else _up_to(ANY, end)
         return _Thinking("thinking ", rules)
-    head = rf"\s*{_regex(begin)}{ANY}"
+    head = rf"\s*{regex_of(begin)}{ANY}"
     return _Thinking("thinking? ", _up_to(head, end), f" & ~/{head}/")
 
 
 def _up_to(text: str, end: str) -> str:
-    return f"thinking[lazy]: /{text}{_regex(end)}/\n"
-
-
-def _regex(text: str) -> str:
-    return "".join(f"\\{char}" if char in "\\.+*?()|[]{}^$/" else char for char in text)
+    return f"thinking[lazy]: /{text}{regex_of(end)}/\n"
 
 
 def _hermes(calls: Calls) -> str:
@@ -111,8 +73,10 @@ def _hermes(calls: Calls) -> str:
     return _among_text(calls, HERMES_BEGIN, f'"\\n" {calls.any_json_call("arguments")} {end}')
 
 
-def _llama3(calls: Calls) -> str:
+def _llama3(calls: Calls) -> str | None:
     """The whole answer is calls or none is: text that begins with a brace would be read as one."""
+    if calls.reasoning:
+        return None  # they may stand behind it
     more = '("; " one)*' if calls.is_parallel else ""
     tagged = f" | {calls.mark(PYTHON_TAG)} calls" if PYTHON_TAG in calls.special_ids else ""
     rules = f"start: TEXT | calls{tagged}\ncalls: one {more}\none: {calls.any_json_call('parameters')}\n"
@@ -172,4 +136,5 @@ FAMILIES: dict[str, Callable[[Calls], str | None]] = {
     "deepseek_v3": _deepseek_v3,
     "deepseek_v31": _deepseek_v31,
     "openai": _harmony,
+    "pythonic": pythonic,
 }

@@ -15,7 +15,8 @@ from servekit.server.limits import ServerLimits
 from servekit.server.parsers.base import Parser
 from servekit.server.parsers.constrained import NamedParser, RequiredParser
 from servekit.server.parsers.registry import REASONING_PARSERS, TOOL_PARSERS, Make, Pipeline
-from servekit.server.strict_calls import Calls, strict_grammar
+from servekit.server.strict_calls import strict_grammar
+from servekit.server.strict_form import Calls
 from servekit.server.structured import check_schema, check_text
 from servekit.server.template import ChatModel
 

@@ -22,7 +22,7 @@ def main() -> None:
     setup = msgspec.msgpack.decode(_read() or b"", type=Setup)
     settings = setup.limits
     memory = int(settings["memory_bytes"])
-    limits = GrammarLimits(max_grammar_states=int(settings["max_grammar_states"]))
+    limits = GrammarLimits(max_grammar_states=int(settings["max_grammar_states"]), cache_bytes=1)  # none comes twice
     try:
         compiler = GrammarCompiler(setup.tokenizer_json, setup.vocab_size, setup.eos_token_ids, limits)
     except PlatformError as error:

@@ -29,6 +29,7 @@ class GrammarLimits:
     max_grammar_states: int = 100_000
     timeout_s: float = 5.0  # to compile one
     memory_bytes: int = 1 << 30  # of the process that compiles
+    cache_bytes: int = 256 << 20  # of compiled grammars that are kept
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

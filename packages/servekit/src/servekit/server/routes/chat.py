@@ -28,7 +28,7 @@ router = APIRouter()
 async def chat_completions(request: Request) -> Response:
     state = state_for_work(request)
     body = await read_json(request, state.config.limits)
-    asked = read_chat(state.door, state.chat_model, body, state.chat_checks)
+    asked = await state.sight.of(partial(read_chat, state.door, state.chat_model, body, state.chat_checks))
     answer = _ChatAnswer(state, asked, await state.turn(asked, request.receive), caller_of(request))
     if asked.stream:
         return LiveStream(answer, state.admission.stream(), state.config.limits.stream_stall_s)

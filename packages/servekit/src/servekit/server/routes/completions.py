@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from servekit.core.prompt_embeds import PromptEmbeds
 from servekit.engine.output import CompletionOutput, RequestOutput
 from servekit.server.body import read_json
 from servekit.server.caller import Caller, caller_of
@@ -28,7 +29,10 @@ router = APIRouter()
 async def completions(request: Request) -> Response:
     state = state_for_work(request)
     body = await read_json(request, state.config.limits)
-    asked = read_completion(state.door, body, state.completion_checks)
+    if "prompt_embeds" in body:  # many numbers, each of which is looked at
+        asked = await asyncio.to_thread(read_completion, state.door, body, state.completion_checks)
+    else:
+        asked = read_completion(state.door, body, state.completion_checks)
     if asked.suffix and state.infill is not None:
         asked = await asyncio.to_thread(_between, state.infill, asked)
     answer = _Answer(state, asked, caller_of(request))
@@ -38,7 +42,8 @@ async def completions(request: Request) -> Response:
 
 
 def _between(infill: Infill, asked: CompletionRequest) -> CompletionRequest:
-    return replace(asked, prompts=[infill.prompt(prompt, asked.suffix) for prompt in asked.prompts])
+    texts = [prompt for prompt in asked.prompts if not isinstance(prompt, PromptEmbeds)]  # which take no suffix
+    return replace(asked, prompts=[infill.prompt(text, asked.suffix) for text in texts])
 
 
 class _Answer:
@@ -59,8 +64,7 @@ class _Answer:
 
     def _job(self) -> Job:
         asked = self._asked
-        names = [f"prompt[{i}]" if asked.is_batch else "prompt" for i in range(len(asked.prompts))]
-        return Job(asked, asked.prompts, names, asked.add_special_tokens)
+        return Job(asked, asked.prompts, asked.names, asked.add_special_tokens)
 
     async def whole(self) -> dict[str, Any]:
         generation = self._state.generation()
@@ -159,7 +163,9 @@ class _Answer:
         if choice.finish_reason is not None:
             made["stop_reason"] = choice.stop_reason
         if self._asked.return_token_ids:
-            made |= {"token_ids": token_ids, "prompt_token_ids": output.prompt_token_ids if is_first else None}
+            has_tokens = not isinstance(self._asked.prompts[index // self._asked.params.n], PromptEmbeds)
+            shown = output.prompt_token_ids if is_first and has_tokens else None
+            made |= {"token_ids": token_ids, "prompt_token_ids": shown}
         return made
 
     def _choice_logprobs(

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from servekit.engine.output import RequestOutput
 from servekit.server.anthropic import read_anthropic
 from servekit.server.blocks import BlockEvent, Blocks, Kind, Move
 from servekit.server.body import read_json
 from servekit.server.caller import Caller, caller_of
 from servekit.server.chat import ChatRequest
 from servekit.server.errors import json_response
-from servekit.server.state import ServerState, state_for_work, state_of
-from servekit.server.streaming import EventStream, StreamForm, while_connected
+from servekit.server.generation import Hear
+from servekit.server.live import LiveStream
+from servekit.server.state import state_for_work, state_of
+from servekit.server.streaming import StreamForm, while_connected
 from servekit.server.turn import Answer, Turn
 
 router = APIRouter()
@@ -36,10 +39,11 @@ FORM = StreamForm(done=b"", error=lambda body: _named({"type": "error"} | body))
 async def messages(request: Request) -> Response:
     state = state_for_work(request)
     body = await read_json(request, state.config.limits)
-    asked = read_anthropic(state.door, state.chat_model, body, state.anthropic_checks, state.chat_checks)
-    made = _Message(state, asked, await state.turn(asked, request.receive), caller_of(request))
+    read = partial(read_anthropic, state.door, state.chat_model, body, state.anthropic_checks, state.chat_checks)
+    asked = await state.sight.of(read)
+    made = _Message(asked, await state.turn(asked, request.receive), caller_of(request))
     if asked.stream:
-        return EventStream(made.events(), state.config.limits.stream_stall_s, FORM)
+        return LiveStream(made, state.admission.stream(), state.config.limits.stream_stall_s, FORM)
     return json_response(await while_connected(request.receive, made.whole()))
 
 
@@ -47,7 +51,8 @@ async def messages(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     state = state_of(request)
     body = await read_json(request, state.config.limits)
-    asked = read_anthropic(state.door, state.chat_model, body, state.count_checks, state.chat_checks)
+    read = partial(read_anthropic, state.door, state.chat_model, body, state.count_checks, state.chat_checks)
+    asked = await state.sight.of(read)
     text = await state.render(asked.prompt, request.receive)
     ids = await asyncio.to_thread(state.engine.tokenizer.encode, text, add_special_tokens=asked.add_special_tokens)
     return json_response({"input_tokens": len(ids)})
@@ -56,14 +61,14 @@ async def count_tokens(request: Request) -> Response:
 class _Message:
     """One answer on its way."""
 
-    def __init__(self, state: ServerState, asked: ChatRequest, turn: Turn, caller: Caller) -> None:
-        self._state = state
-        self._asked = asked
+    def __init__(self, asked: ChatRequest, turn: Turn, caller: Caller) -> None:
         self._turn = turn
         self._caller = caller
         about = {"id": f"msg_{caller.request_id[4:]}", "type": "message", "role": "assistant", "model": asked.model}
         self._about: Json = about
         self._blocks = Blocks()
+        self._has_begun = False
+        self.is_whole = False
 
     async def whole(self) -> Json:
         answer = (await self._turn.whole(self._caller))[0]
@@ -87,24 +92,29 @@ class _Message:
             "output_tokens": usage["completion_tokens"],
         }
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        with self._state.admission.stream():
-            pieces = self._turn.pieces(self._caller)
-            has_begun = False
-            try:
-                async for piece in pieces:
-                    if not has_begun:
-                        has_begun = True
-                        yield self._start()
-                    for event in self._blocks.add(piece, self._turn.answers[0]):
-                        yield _block_event(event)
-                for event in self._blocks.finish():
-                    yield _block_event(event)
-                delta = _end(self._turn.answers[0])
-                yield _named({"type": "message_delta", "delta": delta, "usage": self._usage()})
-                yield _named({"type": "message_stop"})
-            finally:
-                await pieces.aclose()
+    async def open(self, hear: Hear) -> None:
+        await self._turn.open(self._caller, hear)
+
+    def take(self, prompt: int, output: RequestOutput) -> bytes:
+        self.is_whole = output.finished
+        pieces = self._turn.take(prompt, output)
+        events = [] if self._has_begun else [self._start()]
+        self._has_begun = True
+        for piece in pieces:
+            events += [_block_event(event) for event in self._blocks.add(piece, self._turn.answers[0])]
+        return b"".join(events)
+
+    def text_event(self, prompt: int) -> None:
+        """All outputs are taken: the blocks are counted."""
+
+    def last(self) -> bytes:
+        delta = _end(self._turn.answers[0])
+        events = [_block_event(event) for event in self._blocks.finish()]
+        events.append(_named({"type": "message_delta", "delta": delta, "usage": self._usage()}))
+        return b"".join([*events, _named({"type": "message_stop"})])
+
+    async def close(self) -> None:
+        await self._turn.close()
 
     def _start(self) -> bytes:
         message = self._about | {"content": [], "stop_reason": None, "stop_sequence": None}

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
 from common_platform.errors import PlatformError, RequestError
+from servekit.engine.output import RequestOutput
 from servekit.server import fields as f
 from servekit.server.body import read_json
 from servekit.server.caller import Caller, caller_of
 from servekit.server.errors import body_of, internal_error, json_response
 from servekit.server.event_log import EventLog
+from servekit.server.generation import Hear
+from servekit.server.live import LiveStream
 from servekit.server.response_form import ResponseForm
 from servekit.server.response_store import RUNNING, Stored
 from servekit.server.responses import ResponseRequest, read_response
@@ -46,13 +50,14 @@ async def create(request: Request) -> Response:
     body = await read_json(request, state.config.limits)
     previous = body.get("previous_response_id")
     said = _said(state, previous, caller.tenant) if isinstance(previous, str) else []
-    asked = read_response(state.door, state.chat_model, body, state.response_checks, state.chat_checks, said)
+    read = partial(read_response, state.door, state.chat_model, body, state.response_checks, state.chat_checks, said)
+    asked = await state.sight.of(read)
     run = _Run(state, asked, await state.turn(asked.chat, request.receive), caller)
     if asked.background:
         stored = run.in_background()
         return _stream_of(state, stored, -1) if asked.stream else json_response(stored.response)
     if asked.stream:
-        return EventStream(run.events(), state.config.limits.stream_stall_s, FORM)
+        return LiveStream(run, state.admission.stream(), state.config.limits.stream_stall_s, FORM)
     return json_response(await while_connected(request.receive, run.whole()))
 
 
@@ -126,6 +131,8 @@ class _Run:
         self._turn = turn
         self._caller = caller
         self._form = ResponseForm(f"resp_{caller.request_id[4:]}", asked.about, turn)
+        self._has_begun = False
+        self.is_whole = False
 
     async def whole(self) -> Json:
         async for piece in self._turn.pieces(self._caller):
@@ -134,22 +141,27 @@ class _Run:
         self._store()
         return self._form.to_json()
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        with self._state.admission.stream():
-            pieces = self._turn.pieces(self._caller)
-            has_begun = False
-            try:
-                async for piece in pieces:
-                    if not has_begun:
-                        has_begun = True
-                        for event in self._form.begin():
-                            yield _named(event)
-                    for event in self._form.add(piece):
-                        yield _named(event)
-                self._store()
-                yield _named(self._form.end())
-            finally:
-                await pieces.aclose()
+    async def open(self, hear: Hear) -> None:
+        await self._turn.open(self._caller, hear)
+
+    def take(self, prompt: int, output: RequestOutput) -> bytes:
+        self.is_whole = output.finished
+        pieces = self._turn.take(prompt, output)
+        events = [] if self._has_begun else [_named(event) for event in self._form.begin()]
+        self._has_begun = True
+        for piece in pieces:
+            events += [_named(event) for event in self._form.add(piece)]
+        return b"".join(events)
+
+    def text_event(self, prompt: int) -> None:
+        """All outputs are taken: events are numbered, and the whole grows with them."""
+
+    def last(self) -> bytes:
+        self._store()
+        return _named(self._form.end())
+
+    async def close(self) -> None:
+        await self._turn.close()
 
     def in_background(self) -> Stored:
         """Begin; the response is stored from now on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -25,7 +26,7 @@ async def tokenize(request: Request) -> Response:
     state = state_of(request)
     body = await read_json(request, state.config.limits)
     if "messages" in body:
-        checked = check_body(state.door, body, _chat_checks(state), "messages")
+        checked = await state.sight.of(partial(check_body, state.door, body, _chat_checks(state), "messages"))
         text = await state.render(
             ChatPrompt(
                 messages=checked["messages"],
