@@ -15,6 +15,7 @@ import nox
 ROOT = Path(__file__).parent
 PACKAGES = ("common-platform", "trainkit", "servekit")
 CONSTRAINTS = ROOT / "constraints" / "ci.txt"
+OF_CLIENTS = ROOT / "constraints" / "clients.txt"  # what only they need
 REAL_MODEL = ["transformers", "gguf", "accelerate"]
 TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "httpx", "psutil", "matplotlib"]
 CLIENTS = ["openai", "anthropic", "schemathesis"]
@@ -123,7 +124,7 @@ def clients(session: nox.Session) -> None:
     for name, needs in OTHER_CLIENTS.items():
         session.run("virtualenv", "--quiet", str(folder / name))
         pip = (str(folder / name / "bin" / "python"), "-m", "pip", "install", "--quiet")
-        session.run(*pip, "-c", str(CONSTRAINTS), *needs, external=True)
+        session.run(*pip, "-c", str(CONSTRAINTS), "-c", str(OF_CLIENTS), *needs, external=True)
     session.run("python", "-m", "pytest", "tests/clients", *session.posargs, env={"CLIENTS": str(folder.resolve())})
 
 

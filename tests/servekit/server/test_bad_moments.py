@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -164,6 +165,26 @@ def test_a_hundred_for_nine_places_are_served_or_told_to_come_back(
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "server_overloaded")
         assert int(answer.headers["retry-after"]) >= 1
     assert canary(small) == of_narrow
+
+
+def test_five_hundred_and_twelve_streams_run_and_one_more_is_refused(
+    server: ServerProcess, http: httpx.Client, of_server: Sight
+) -> None:
+    """srv-179. The engine stands still until all are there."""
+    body = completion(max_tokens=2, ignore_eos=True, stream=True)
+    with contextlib.ExitStack() as held:
+        with server.frozen():
+            callers = [held.enter_context(connect(server)) for _ in range(512)]
+            for caller in callers:
+                caller.sendall(post_of(body, "Connection: close"))
+            assert wait_until(lambda: server.requests() == 512)
+            refused = http.post(COMPLETIONS, json=body)
+        assert sum(b"data: [DONE]" in read_all(caller) for caller in callers) == 512
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["type"]) == (429, "too_many_streams", "rate_limit_error")
+    assert all(word in error["message"] for word in ("512", "--max-streams"))
+    assert int(refused.headers["retry-after"]) >= 1
+    assert canary(http) == of_server
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
