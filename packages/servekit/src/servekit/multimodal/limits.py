@@ -20,9 +20,11 @@ class MediaLimits:
     timeout_s: float = 10.0  # to fetch one
 
     def __post_init__(self) -> None:
-        for name in ("max_parts", "max_bytes", "max_pixels", "max_side", "max_aspect", "timeout_s"):
-            if getattr(self, name) < (0 if name == "timeout_s" else 1):
+        for name in ("max_parts", "max_bytes", "max_pixels", "max_side", "max_aspect"):
+            if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "1 or more")
+        if not 0 < self.timeout_s:
+            raise ConfigError("timeout_s", self.timeout_s, "more than 0 seconds", flag="--media-timeout-s")
         for domain in self.allowed_domains:
             check_domain(domain)
         for folder in self.allowed_dirs:
