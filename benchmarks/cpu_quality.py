@@ -1,7 +1,8 @@
 """What lower precision costs on a CPU: perplexity of real text, and memory, beside float32 by the reference kernels.
 
 The text is Python's own language reference, which every Python has (``pydoc_data.topics``), in pieces of 1,024
-tokens. Each precision is a process of its own, so that its peak memory is its own.
+tokens. Each precision is a process of its own, so that its peak memory is its own. Keys and values are of the type that
+the engine keeps them in.
 """
 
 from __future__ import annotations
