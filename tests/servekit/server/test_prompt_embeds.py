@@ -22,6 +22,8 @@ from tests.servekit.server.processes import ServerProcess
 from tests.servekit.server.rows import COMPLETIONS, LENGTH, completion
 
 from common_platform.errors import RequestError
+from servekit import LLM, SamplingParams
+from servekit.engine.beam_search import BeamSearchParams
 from servekit.engine.prompt_embeds import read_prompt_embeds
 
 HIDDEN = 64
@@ -144,6 +146,26 @@ def test_a_row_that_gave_its_blocks_back_begins_again_with_its_embeddings(
         assert float(preempted.split()[-1]) > 0
     finally:
         server.stop()
+
+
+def test_offline_they_say_the_same(tiny_model: Path, table: torch.Tensor) -> None:
+    params = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
+    with LLM(tiny_model, dtype="float32", num_threads=1, deterministic=True) as llm:
+        tokens = llm.tokenizer.encode(WORDS, add_special_tokens=False)
+        wide, narrow = table[tokens], table[tokens].bfloat16()
+        prompts: list[Any] = [
+            tokens,
+            *({"prompt_embeds": rows} for rows in (wide, wide.numpy(), narrow, narrow.float())),
+        ]
+        said = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+        assert said[0] == said[1] == said[2]
+        assert said[3] == said[4]
+        for rows, code in ((wide[:, 1:], "invalid_shape"), (wide[0], "invalid_shape"), (wide * np.inf, "not_finite")):
+            with pytest.raises(RequestError) as raised:
+                llm.generate({"prompt_embeds": rows}, params)
+            assert raised.value.code == code
+        with pytest.raises(RequestError, match="beam search"):
+            llm.beam_search({"prompt_embeds": wide}, BeamSearchParams(beam_width=2, max_tokens=3))
 
 
 GOOD = torch.full((4, HIDDEN), 0.25)

@@ -15,6 +15,7 @@ import msgspec
 
 from common_platform.errors import ConfigError, RequestError, ResourceError
 from servekit.core.plan import TokenLogprob
+from servekit.core.prompt_embeds import PromptEmbeds
 from servekit.core.stats import SchedulerStats
 from servekit.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from servekit.engine.collector import fewer_collections
@@ -22,6 +23,7 @@ from servekit.engine.config import EngineConfig
 from servekit.engine.engine import EngineCore
 from servekit.engine.grammars import GrammarDoor
 from servekit.engine.output import OutputProcessor, RequestOutput, RequestTracker
+from servekit.engine.prompt_embeds import embeds_of
 from servekit.engine.tokenizer import Tokenizer
 from servekit.engine.tracing import RequestTracer
 from servekit.engine.validate import EngineRequest, validate
@@ -37,7 +39,13 @@ class TokensPrompt(TypedDict):
     prompt_token_ids: list[int]
 
 
-Prompt = str | list[int] | TokensPrompt
+class EmbedsPrompt(TypedDict):
+    """Embeddings in place of a prompt's tokens: ``[tokens, hidden]``, a tensor or an array of floats."""
+
+    prompt_embeds: Any
+
+
+Prompt = str | list[int] | TokensPrompt | EmbedsPrompt
 Messages = list[dict[str, Any]]
 
 
@@ -89,7 +97,8 @@ class LLM:
         """Answer all prompts, batched as they fit, in the order given.
 
         Args:
-            prompts: a text, token ids, ``{"prompt_token_ids": [...]}``, or a list of these.
+            prompts: a text, token ids, ``{"prompt_token_ids": [...]}``, ``{"prompt_embeds": [tokens, hidden]}``, or a
+                list of these.
             sampling_params: for all prompts, or one each.
 
         Raises:
@@ -116,6 +125,8 @@ class LLM:
             RequestError: a prompt and ``max_tokens`` do not fit the context.
         """
         many = [_tokens_or_text(prompt) for prompt in _as_list(prompts)]
+        if any(isinstance(prompt, PromptEmbeds) for prompt in many):
+            raise RequestError("prompt_embeds", "embeddings", "tokens, for beam search", code="unsupported")
         longest = SamplingParams(max_tokens=params.max_tokens)
         token_ids = [self._validated(prompt, longest, True).prompt_token_ids for prompt in many]
         found = beam_search(token_ids, params, self.facts.eos_token_ids, self._next_tokens)
@@ -198,14 +209,16 @@ class LLM:
         """What the scheduler counted so far."""
         return self._core.stats()
 
-    def _validated(self, prompt: str | list[int], params: SamplingParams, add_special_tokens: bool) -> EngineRequest:
+    def _validated(
+        self, prompt: str | list[int] | PromptEmbeds, params: SamplingParams, add_special_tokens: bool
+    ) -> EngineRequest:
         return validate(
             f"{next(self._numbers)}", prompt, params, self.facts, self.tokenizer, add_special_tokens=add_special_tokens
         )
 
     def _run(
         self,
-        prompts: Sequence[str | list[int]],
+        prompts: Sequence[str | list[int] | PromptEmbeds],
         params: Sequence[SamplingParams],
         add_special_tokens: bool,
         pooling: str = "",
@@ -262,8 +275,11 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _tokens_or_text(prompt: Prompt) -> str | list[int]:
-    return prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt
+def _tokens_or_text(prompt: Prompt) -> str | list[int] | PromptEmbeds:
+    if not isinstance(prompt, dict):
+        return prompt
+    about: dict[str, Any] = {**prompt}
+    return embeds_of(about["prompt_embeds"]) if "prompt_embeds" in about else about["prompt_token_ids"]
 
 
 def _params_for(

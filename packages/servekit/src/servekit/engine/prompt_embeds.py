@@ -51,6 +51,23 @@ def read_prompt_embeds(content: bytes, path: str, *, hidden_size: int, max_token
     return PromptEmbeds.of(name, shape[0], hidden_size, data)
 
 
+def embeds_of(rows: Any, path: str = "prompt_embeds") -> PromptEmbeds:
+    """The embeddings in a tensor or an array, ``[tokens, hidden]``, as float32; of the model they are judged later.
+
+    Raises:
+        RequestError: code ``invalid_shape``, ``not_finite`` or ``empty_prompt``.
+    """
+    rows = rows.detach().float().cpu() if hasattr(rows, "detach") else rows  # a tensor, which may be of bfloat16
+    numbers = np.ascontiguousarray(rows, dtype="<f4")
+    if numbers.ndim != 2:
+        raise RequestError(path, _shown(list(numbers.shape)), "[tokens,hidden]", code="invalid_shape")
+    if not len(numbers):
+        raise RequestError(path, "no tokens", "at least one token", code="empty_prompt")
+    if not np.isfinite(numbers).all():
+        raise RequestError(path, "infinite numbers, or none", "finite numbers", code="not_finite")
+    return PromptEmbeds.of("float32", numbers.shape[0], numbers.shape[1], numbers.tobytes())
+
+
 def _only_tensor(content: bytes, path: str) -> tuple[dict[str, Any], bytes]:
     """What the header says of the one tensor, and its bytes."""
     size = int.from_bytes(content[:8], "little")
