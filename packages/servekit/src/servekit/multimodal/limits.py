@@ -23,7 +23,7 @@ class MediaLimits:
         for name in ("max_parts", "max_bytes", "max_pixels", "max_side", "max_aspect"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "1 or more")
-        if not 0 < self.timeout_s:
+        if not self.timeout_s > 0:
             raise ConfigError("timeout_s", self.timeout_s, "more than 0 seconds", flag="--media-timeout-s")
         for domain in self.allowed_domains:
             check_domain(domain)
