@@ -190,10 +190,11 @@ struct Linear final : Operation {
 // some rows and columns at a time, and looks at them while they lie in the cache of its core.
 struct Highest final : Operation {
   static constexpr int NEAR_ROWS = 64, NEAR_PANELS = 16, NEAR_COLUMNS = NEAR_PANELS * PANEL;
+  static constexpr int64_t NEAR_WEIGHTS = 1 << 18;  // bytes that stay in the cache for all rows
   sk_rows x;
   sk_matrix weight;
   int64_t columns, capacity;  // of the vocabulary, of rows
-  int parts;
+  int parts, near_panels;
   mutable std::vector<float> highest;  // [parts][capacity]
   mutable std::vector<int64_t> ids;
 
@@ -206,9 +207,9 @@ struct Highest final : Operation {
     int64_t* id = ids.data() + task * capacity;
     std::fill_n(top, tokens, -INFINITY);
     std::fill_n(id, tokens, 0);
-    for (int panel = panels * task / parts; panel < last; panel += NEAR_PANELS)
+    for (int panel = panels * task / parts; panel < last; panel += near_panels)
       for (int row = 0; row < tokens; row += NEAR_ROWS)
-        look(panel, std::min(last, panel + NEAR_PANELS), row, std::min(tokens, row + NEAR_ROWS),
+        look(panel, std::min(last, panel + near_panels), row, std::min(tokens, row + NEAR_ROWS),
              reinterpret_cast<float*>(scratch.data), top, id);
   }
 
@@ -532,6 +533,8 @@ void sk_add_highest(sk_program* program, const sk_rows* x, const sk_matrix* weig
   auto& op = program->add<Highest>();
   op.x = *x, op.weight = *weight, op.columns = columns, op.capacity = capacity;
   op.parts = std::max(1, std::min(8 * program->pool->pool.threads(), share(weight->n / PANEL, Highest::NEAR_PANELS)));
+  const int64_t fit = Highest::NEAR_WEIGHTS / panel_size(weight->format, weight->k);
+  op.near_panels = static_cast<int>(std::clamp<int64_t>(fit, 1, Highest::NEAR_PANELS));
   op.highest.resize(static_cast<size_t>(op.parts) * capacity);
   op.ids.resize(static_cast<size_t>(op.parts) * capacity);
   program->weights += static_cast<int64_t>(weight->n) * weight->k;

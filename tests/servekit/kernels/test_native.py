@@ -293,21 +293,24 @@ def test_the_highest_of_a_row_is_found_where_it_is_first(isa, pool, rows, cols, 
 @given(
     rows=st.integers(1, 150),
     cols=st.integers(1, 3000),
+    width=st.sampled_from([40, 700]),
     seed=st.integers(0, 1 << 30),
     format=st.sampled_from([Format.F32, Format.BF16]),
     broken=st.booleans(),
 )
-def test_the_highest_of_a_product_is_that_of_the_logits_and_the_first(isa, pool, rows, cols, seed, format, broken):
+def test_the_highest_of_a_product_is_that_of_the_logits_and_the_first(
+    isa, pool, rows, cols, width, seed, format, broken
+):
     """Small whole numbers: sums are exact in any order, and many are equal."""
     torch.manual_seed(seed)
-    x, weights = torch.randint(-2, 3, (rows, 40)).float(), torch.randint(-1, 2, (cols, 40)).float()
+    x, weights = torch.randint(-2, 3, (rows, width)).float(), torch.randint(-1, 2, (cols, width)).float()
     if broken:
         x[rows // 2, 3] = math.nan
     weight = pack(library, pool, format, [weights])
     inputs = Rows.input_of(weight, library, rows)
     ids, highest = torch.full((rows,), -1), torch.empty(rows)
     program = Program(library, pool)
-    program.convert(None, 40, inputs)
+    program.convert(None, width, inputs)
     program.highest(inputs, weight, cols, ids, highest)
     for count in (rows, max(1, rows // 2)):  # nothing of a run is left in the next
         program.run_rows(x[:count])

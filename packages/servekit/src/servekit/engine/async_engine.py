@@ -59,6 +59,14 @@ def rebuilt(about: dict[str, Any]) -> PlatformError:
     return error
 
 
+def _waiting(socket: zmq.Socket[bytes]) -> Iterator[m.FromEngine]:
+    """What has come meanwhile: where this process is behind, several steps are taken in at once."""
+    for _ in range(MOST_AT_ONCE):
+        if not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            return
+        yield m.decode_from_engine(socket.recv(zmq.NOBLOCK))
+
+
 class RequestStream:
     """The outputs of one request, for one reader. ``aclose`` ends the request in the engine.
 
@@ -394,8 +402,9 @@ class AsyncEngine:
     # --- the engine's side ---
 
     async def _listen(self) -> None:
+        socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket.underlying)  # for what does not wait
         while True:
-            messages = [await self._receive(), *self._waiting()]
+            messages = [await self._receive(), *_waiting(socket)]
             updates = [update for message in messages if isinstance(message, m.News) for update in message.updates]
             moved, ended = self._outputs.process(updates)
             for tracker in moved:
@@ -406,13 +415,6 @@ class AsyncEngine:
             for message in messages:
                 self._heed(message)
             await asyncio.sleep(0)  # a message that is there already is received without a turn for others
-
-    def _waiting(self) -> Iterator[m.FromEngine]:
-        """What has come meanwhile: where this process is behind, several steps are taken in at once."""
-        socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket.underlying)
-        with contextlib.suppress(zmq.Again):
-            for _ in range(MOST_AT_ONCE):
-                yield m.decode_from_engine(socket.recv(zmq.NOBLOCK))
 
     def _heed(self, message: m.FromEngine) -> None:
         match message:
