@@ -83,14 +83,21 @@ class ServerProcess:
         """The engine's process id; 0 while there is none."""
         return next(iter(self.running("servekit.engine.process")), 0)
 
+    def signal_engine(self, number: int) -> int:
+        """The process id of the engine, which has been sent ``number``."""
+        pid = self.engine()
+        if not pid:
+            raise RuntimeError("there is no engine")  # 0 would be this process, and those beside it
+        os.kill(pid, number)
+        return pid
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """The engine stands still: no answer ends meanwhile, however fast it is and however slow the test.
 
         Half a minute long, then it counts as stalled.
         """
-        pid = self.engine()
-        os.kill(pid, signal.SIGSTOP)
+        pid = self.signal_engine(signal.SIGSTOP)
         if not wait_until(lambda: state_of(pid) == "T"):
             raise RuntimeError("the engine does not stop")
         try:

@@ -156,7 +156,7 @@ def test_fifty_kills(sturdy: ServerProcess) -> None:
     before = held(sturdy)
     for _ in range(50):
         time.sleep(chance.random() * 0.5)
-        os.kill(sturdy.engine(), signal.SIGKILL)
+        sturdy.signal_engine(signal.SIGKILL)
         killed = time.monotonic()
         assert wait_until(lambda: httpx.get(f"{sturdy.url}/health").status_code == 503, 1)
         assert wait_until(lambda: httpx.get(f"{sturdy.url}/health").status_code == 200, 10)

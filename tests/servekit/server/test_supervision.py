@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -54,9 +53,7 @@ def away(folder: Path) -> Iterator[None]:
 
 def kill(server: ServerProcess) -> int:
     """The process id of the engine that is no more."""
-    pid = server.engine()
-    os.kill(pid, signal.SIGKILL)
-    return pid
+    return server.signal_engine(signal.SIGKILL)
 
 
 def status(server: ServerProcess, path: str = "/health") -> int:
