@@ -2,8 +2,8 @@
 
 The model is a Llama of one layer, 64 wide, with SmolLM2's tokenizer and vocabulary, in SmolLM2's own bfloat16 unless
 told otherwise. Each stream is a completion of 128 tokens over a connection of its own. Server CPU is that of all its
-processes. vLLM's CPU build stands beside where
-``make_peers.py vllm`` has made its environment.
+processes. vLLM's CPU build stands beside where ``make_peers.py vllm`` has made its environment; while one server is
+measured the other stands still.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -115,14 +117,25 @@ class Server:
     def _cpu_s(self) -> float:
         """Of every process in the server's session, those that have ended too."""
         total = 0.0
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if self._is_ours(int(stat.parent.name)):
+        for pid in self._processes():
+            with suppress(OSError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
                 total += sum(map(int, fields[11:15])) * TICK_S
         return total
+
+    def _processes(self) -> list[int]:
+        found = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
+        return [pid for pid in found if self._is_ours(pid)]
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """The server stands still: while another is measured, it takes nothing from it."""
+        stopped = self._processes()
+        _signal(stopped, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            _signal(stopped, signal.SIGCONT)
 
     def _is_ours(self, pid: int) -> bool:
         while pid > 1:
@@ -141,6 +154,12 @@ class Server:
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(20)
+
+
+def _signal(pids: Sequence[int], number: int) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _requests(streams: int, turn: int) -> list[bytes]:
@@ -194,7 +213,11 @@ def _compare(report: Report, sides: dict[str, Server], streams: int, rounds: int
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
 
     def once(name: str) -> float:
-        figures = sides[name].run(streams)
+        with ExitStack() as others:
+            for other in sides.values():
+                if other is not sides[name]:
+                    others.enter_context(other.still())
+            figures = sides[name].run(streams)
         found[name].append(figures)
         return figures["tokens_s"]
 
