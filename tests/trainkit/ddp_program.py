@@ -16,6 +16,11 @@ from trainkit.data import ShardedIterable
 
 FOLDER, DEVICES, CASES = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 RANKS = 1 if DEVICES == "1" else 2
+SETTINGS = {
+    "accumulate": {"accumulate_grad_batches": 3},
+    "clip": {"gradient_clip_val": 0.1},
+    "norm": {"sync_batchnorm": True},
+}
 
 
 class Manual(Regression):
@@ -37,6 +42,16 @@ class Weighted(Regression):
         weight = batch[0][:, 0].abs()
         loss = ((self.net(batch[0]) - batch[1]).square()[:, 0] * weight).sum() / weight.sum()
         return {"loss": loss, "weight": float(weight.sum())}
+
+
+class Normed(Regression):
+    """Its batch norm counts the batches of all ranks."""
+
+    def __init__(self):
+        super().__init__(dropout=0.0)
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(4, 8, bias=False), torch.nn.BatchNorm1d(8), self.net[2], self.net[3]
+        )
 
 
 class Stops(Callback):
@@ -100,10 +115,10 @@ def run(case: str) -> dict:
     if case == "runtime":
         return own_loop()
     trainkit.seed_everything(3)
-    kinds = {"manual": lambda: Manual(), "weighted": lambda: Weighted(dropout=0.0), "dropout": lambda: Regression()}
+    kinds = {"manual": Manual, "weighted": lambda: Weighted(dropout=0.0), "norm": Normed, "dropout": Regression}
     module = kinds.get(case, lambda: Regression(dropout=0.0 if case not in ("first", "resumed") else 0.2))()
     train = DataLoader(dataset(64), 16 // RANKS, shuffle=case in ("first", "resumed", "dropout"))
-    settings = {"accumulate": {"accumulate_grad_batches": 3}, "clip": {"gradient_clip_val": 0.1}}.get(case, {})
+    settings = SETTINGS.get(case, {})
     if case == "stop":
         settings = {"max_epochs": 50, "callbacks": [EarlyStopping("val_loss", min_delta=0.02, patience=1)]}
     if case == "sharded":
@@ -124,8 +139,12 @@ def run(case: str) -> dict:
     except KeyboardInterrupt:
         if case != "first":
             raise
+    changed = [type(layer) for layer in module.net if isinstance(layer, torch.nn.BatchNorm1d)]
+    if set(changed) - {torch.nn.BatchNorm1d}:
+        raise SystemExit(f"a batch norm is not the user's own again: {changed}")
+    state = [value.detach().float().flatten() for value in module.state_dict().values()]
     return {
-        "weights": torch.cat([p.detach().flatten() for p in module.parameters()]).tolist(),
+        "weights": torch.cat(state).tolist(),
         "metrics": {name: float(value) for name, value in fit.callback_metrics.items() if name.startswith("val")},
         "steps": fit.global_step,
         "world_size": fit.world_size,

@@ -36,7 +36,9 @@ ARGUMENTS = [
     ("gradient_clip_val", math.nan, "0 or more"),
     ("gradient_clip_algorithm", "hair", "'norm' or 'value'"),
     ("val_check_interval", 1.5, "0.0..1.0"),
-    ("val_check_interval", "00:00:10:00", "not a time"),
+    ("val_check_interval", "soon", "DD:HH:MM:SS"),
+    ("val_check_interval", {"fortnights": 1}, "DD:HH:MM:SS"),
+    ("val_check_interval", "00:00:00", "above zero"),
     ("check_val_every_n_epoch", 0, "1 or more"),
     ("limit_train_batches", -1, "from 0 on"),
     ("limit_val_batches", math.nan, "from 0 on"),
@@ -52,8 +54,7 @@ ARGUMENTS = [
     ("plugins", "fast", "Precision"),
     ("num_nodes", 2, "torchrun"),
     ("profiler", "slow", "simple.*advanced.*pytorch"),
-    ("sync_batchnorm", True, "configure_model"),
-    ("reload_dataloaders_every_n_epochs", 1, "in this version"),
+    ("reload_dataloaders_every_n_epochs", -1, ">= 0"),
     ("model_registry", "x", "in this version"),
 ]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.trainkit.tiny import Regression, loaders, trainer
@@ -26,6 +27,7 @@ from trainkit.callbacks import (
     StochasticWeightAveraging,
     Timer,
 )
+from trainkit.callbacks.model_summary import summary
 
 
 def flat(module: nn.Module) -> torch.Tensor:
@@ -136,6 +138,77 @@ def test_a_summary_counts_parameters(tmp_path, capfd):
     shown = capfd.readouterr().err
     assert "net.3" in shown
     assert "601" in shown and "101" in shown
+
+
+def test_a_summary_of_an_example_shows_shapes_and_operations_and_leaves_no_trace():
+    class Model(Regression):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+            self.unused = torch.nn.Linear(3, 3)
+            self.example_input_array = {"x": torch.zeros(5, 4), "shift": (torch.ones(1), torch.ones(2))}
+
+        def forward(self, x, shift):
+            return {"y": self.net(x) + torch.rand(1), "shift": shift}
+
+    module = Model()
+    generator = torch.get_rng_state()
+    columns = {column.header: list(column.cells) for column in summary(module, -1).columns}
+    rows = {row[0]: row[1:] for row in zip(*(columns[n] for n in ("layer", "in", "out", "FLOP")), strict=True)}
+    assert rows["net.0"] == ("[5, 4]", "[5, 8]", str(2 * 5 * 4 * 8))
+    assert rows["net"] == ("[5, 4]", "[5, 1]", str(2 * 5 * 4 * 8 + 2 * 5 * 8))
+    assert rows["unused"] == ("-", "-", "-")
+    assert rows["all"][1:] == ("(y=[5, 1], shift=([1], [2]))", "400")
+    assert torch.equal(generator, torch.get_rng_state())
+    assert module.training and module.net[1].training and module.net[1].num_batches_tracked == 0
+    assert not any(layer._forward_hooks for layer in module.modules())
+
+
+def test_last_is_a_link_to_the_newest_kept_and_goes_on_from_there(tmp_path):
+    keep = ModelCheckpoint(save_last="link", save_top_k=2, every_n_train_steps=3)
+    trainer(tmp_path, max_epochs=1, callbacks=[keep]).fit(Regression(), loaders()[0])
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert last.is_symlink() and keep.last_model_path == str(last)
+    assert checkpoint.load(last)[1]["global_step"] == 6
+    assert last.resolve() == Path(keep.best_model_path).resolve()
+    again = trainer(tmp_path, max_epochs=1, callbacks=[ModelCheckpoint(every_n_train_steps=100)])
+    again.fit(Regression(), loaders()[0], ckpt_path=last)
+    assert again.global_step == 8
+
+
+def test_a_link_takes_the_place_of_a_folder_and_a_folder_that_of_a_link(tmp_path):
+    for save_last, is_link in ((True, False), ("link", True), (True, False)):
+        keep = ModelCheckpoint(save_last=save_last, every_n_train_steps=8, enable_version_counter=False)
+        trainer(tmp_path, max_epochs=1, callbacks=[keep]).fit(Regression(), loaders()[0])
+        last = tmp_path / "checkpoints" / "last.ckpt"
+        assert last.is_symlink() == is_link
+        assert checkpoint.load(last)[1]["global_step"] == 8
+
+
+def test_what_is_kept_can_be_told_and_written(tmp_path):
+    scores = iter([0.5, 0.2, 0.9, 0.3])
+
+    class Scored(Regression):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def on_validation_epoch_end(self):
+            self.log("score", next(scores))
+
+    keep = ModelCheckpoint(tmp_path / "kept", monitor="score", mode="max", save_top_k=2, filename="{score:.1f}")
+    trainer(tmp_path, max_epochs=4, callbacks=[keep]).fit(Scored(), *loaders())
+    assert {Path(path).name: round(float(score), 1) for path, score in keep.best_k_models.items()} == {
+        "score=0.9.ckpt": 0.9,
+        "score=0.5.ckpt": 0.5,
+    }
+    assert Path(keep.best_model_path).name == "score=0.9.ckpt"
+    assert Path(keep.kth_best_model_path).name == "score=0.5.ckpt"
+    assert float(keep.kth_value) == pytest.approx(0.5)
+    keep.to_yaml()
+    written = yaml.safe_load((tmp_path / "kept" / "best_k_models.yaml").read_text())
+    assert written == pytest.approx({path: float(score) for path, score in keep.best_k_models.items()})
+    with pytest.raises(ConfigError, match="nothing is kept"):
+        ModelCheckpoint().to_yaml()
 
 
 def test_a_timer_ends_training_and_goes_on_after_a_resume(tmp_path):

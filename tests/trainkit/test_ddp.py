@@ -14,7 +14,7 @@ import torch
 from tests.trainkit.tiny import child_environment
 
 PROGRAM = Path(__file__).parent / "ddp_program.py"
-CASES = ["plain", "accumulate", "clip", "manual", "weighted", "stop", "runtime", "sharded"]
+CASES = ["plain", "accumulate", "clip", "manual", "weighted", "stop", "runtime", "sharded", "norm"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,3 +230,52 @@ def test_worker_processes_give_the_same_batches(tmp_path):
         trainer(tmp_path, max_epochs=1).fit(module, loader)
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert torch.equal(*weights)
+
+
+def test_loaders_are_asked_for_again_and_a_resumed_run_asks_when_the_whole_one_does(tmp_path):
+    class Growing(Regression):
+        """Each time it is asked it gives another batch more."""
+
+        def __init__(self):
+            super().__init__(dropout=0.0)
+            self.asked, self.seen = {"train": [], "val": []}, []
+
+        def train_dataloader(self):
+            self.asked["train"].append(self.current_epoch)
+            return DataLoader(dataset(8 * len(self.asked["train"])), 8)
+
+        def val_dataloader(self):
+            self.asked["val"].append(self.current_epoch)
+            return DataLoader(dataset(8, 1), 8)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.seen.append(self.current_epoch)
+
+    module = Growing()
+    trainer(tmp_path, max_epochs=5, reload_dataloaders_every_n_epochs=2).fit(module)
+    assert module.asked == {"train": [0, 2, 4], "val": [0, 2, 4]}
+    assert [module.seen.count(epoch) for epoch in range(5)] == [1, 1, 2, 2, 3]
+
+    trainer(tmp_path / "first", max_epochs=3, reload_dataloaders_every_n_epochs=2).fit(Growing())
+    resumed = Growing()
+    last = tmp_path / "first" / "checkpoints" / "epoch=2-step=4.ckpt"
+    trainer(tmp_path / "second", max_epochs=5, reload_dataloaders_every_n_epochs=2).fit(resumed, ckpt_path=last)
+    assert resumed.asked["train"] == [3, 4]
+
+
+@pytest.mark.parametrize("interval", ["00:00:00:01", "00:00:01", timedelta(seconds=1), {"seconds": 1}])
+def test_validation_comes_by_time(tmp_path, monkeypatch, interval):
+    now = [0.0]
+    monkeypatch.setattr("trainkit.loop.fit.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class Slow(Regression):
+        def on_train_batch_start(self, batch, batch_idx):
+            now[0] += 0.4
+
+        def on_validation_start(self):
+            self.validated_at.append(self.trainer.progress.total_batches)
+
+    module = Slow()
+    module.validated_at = []
+    trainer(tmp_path, max_epochs=2, val_check_interval=interval).fit(module, *loaders())
+    assert module.validated_at == [3, 6, 9, 12, 15]

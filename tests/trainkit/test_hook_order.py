@@ -17,9 +17,9 @@ from trainkit.hooks_page import page
 
 SCRIPT = Path(__file__).parent / "parity" / "hook_order.py"
 LIGHTNING = Path(__file__).parents[2] / ".peers" / "lightning" / "bin" / "python"
-CASES = """fit accumulate mid_epoch max_steps every_second no_validation fast_dev_run datamodule manual stops
-validate test test_datamodule predict checkpoints resume exception exception_step exception_validation
-exception_test""".split()
+CASES = """fit accumulate mid_epoch max_steps every_second no_validation reload reload_second fast_dev_run
+datamodule manual stops validate test test_datamodule predict checkpoints resume exception exception_step
+exception_validation exception_test""".split()
 
 
 def recorded(python: Path | str, library: str, folder: Path) -> dict[str, list[str]]:

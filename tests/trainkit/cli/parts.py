@@ -9,6 +9,7 @@ from tests.trainkit.tiny import Regression, dataset
 from torch.utils.data import DataLoader
 
 import trainkit
+from trainkit.schedules import warmup_schedule
 
 
 class Net(Regression):
@@ -24,6 +25,16 @@ class Net(Regression):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         return self(batch[0])
+
+
+class Warms(Net):
+    def __init__(self, warmup_steps: int = 0, total_steps: int = 10) -> None:
+        super().__init__()
+        self.warmup_steps, self.total_steps = warmup_steps, total_steps
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+        return [optimizer], [warmup_schedule(optimizer, self.warmup_steps, self.total_steps)]
 
 
 class Data(trainkit.DataModule):

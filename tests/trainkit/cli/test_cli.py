@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +172,16 @@ WRONG = [  # arguments after the parts, exit status, what stderr says
     pytest.param(["--trainer.val_check_interval", "1000000000"], 3, "val_check_interval", id="trn-022"),
     pytest.param(["--seed_everything", "abc"], 2, "seed_everything: got abc", id="trn-023"),
     pytest.param(["--data.count", "0"], 3, "train", id="trn-034"),
+    pytest.param(["--model", f"{PARTS}.Warms", "--model.warmup_steps=-1"], 3, "warmup_steps: got -1", id="trn-009"),
+    pytest.param(["--model", f"{PARTS}.Warms", "--model.warmup_steps=11"], 3, "warmup_steps: got 11; allowed 0..10",
+                 id="trn-010"),
+    pytest.param(["--trainer.callbacks+", "trainkit.callbacks.EarlyStopping", "--trainer.callbacks.monitor",
+                  "val_los"], 3, "monitor: got val_los; allowed a logged metric: ['train_loss'", id="trn-018"),
+    pytest.param(["--trainer.callbacks+", "trainkit.callbacks.ModelCheckpoint",
+                  "--trainer.callbacks.every_n_train_steps", "0"], 3, "every_n_train_steps: got 0", id="trn-020"),
+    pytest.param(["--trainer.callbacks", str([{"class_path": "trainkit.callbacks.ModelCheckpoint", "init_args": {
+                  "dirpath": "kept", "save_last": True, "every_n_epochs": n}} for n in (1, 2)])], 3, "kept, twice",
+                 id="trn-021"),
 ]  # fmt: skip
 
 
@@ -201,6 +212,42 @@ def test_what_is_wrong_in_a_file_is_named_and_nothing_is_executed(capsys, text, 
     assert fit("--config", "wrong.yaml") == 3
     assert says in capsys.readouterr().err
     assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        pytest.param("trainer: {accumulate_grad_batches: 1.5}", "accumulate_grad_batches: got 1.5", id="trn-005"),
+        pytest.param("trainer: {accumulate_grad_batches: '2'}", "accumulate_grad_batches: got the text", id="cfg-003"),
+        pytest.param('model: {class_path: tests.trainkit.cli.parts.Net, init_args: {lr: "0.1"}}',
+                     "model.init_args.lr: got the text", id="cfg-003-nested"),
+        pytest.param("seed_everything: abc", "seed_everything: got abc", id="trn-023"),
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_type_in_a_file_is_a_refused_configuration(capsys, text, says):
+    """On the command line itself it is wrong usage, with status 2."""
+    Path("wrong.yaml").write_text(text)
+    assert fit("--config", "wrong.yaml") == 3
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("strategy", "says"),
+    [
+        pytest.param(["--trainer.strategy", "deepspeed"], "pip install deepspeed", id="trn-012"),
+        pytest.param(["--trainer.accelerator", "cuda", "--trainer.devices", "[9]"], "devices: got 9; allowed 0..0",
+                     id="trn-016"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_lacks_has_its_own_status(monkeypatch, capsys, strategy, says):
+    """On a machine with one GPU and without deepspeed, wherever the test runs."""
+    monkeypatch.setattr("trainkit.strategies.choose.find_spec", lambda name: None)
+    monkeypatch.setattr("trainkit.strategies.choose.choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("trainkit.strategies.choose.detect", lambda _: SimpleNamespace(devices=["one GPU"]))
+    assert run("fit", *BASE, *strategy) == 5
+    said = capsys.readouterr().err
+    assert says in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

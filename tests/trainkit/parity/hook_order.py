@@ -214,6 +214,10 @@ def run(case: str) -> None:
             trainer(check_val_every_n_epoch=2, max_epochs=3).fit(RecordedNet())
         case "no_validation":
             trainer(limit_val_batches=0, limit_train_batches=2).fit(RecordedNet())
+        case "reload":
+            trainer(reload_dataloaders_every_n_epochs=1, max_epochs=3).fit(RecordedNet())
+        case "reload_second":
+            trainer(reload_dataloaders_every_n_epochs=2, check_val_every_n_epoch=2, max_epochs=5).fit(RecordedNet())
         case "fast_dev_run":
             trainer(fast_dev_run=2).fit(RecordedNet())
         case "datamodule":

@@ -16,6 +16,7 @@ from trainkit.callbacks.progress import ProgressBar
 from trainkit.callbacks.registry import from_factories, make_callback
 from trainkit.callbacks.timer import Timer
 from trainkit.checkpoint import CheckpointIO
+from trainkit.durations import seconds_of
 from trainkit.limits import Limits
 from trainkit.loggers import CSVLogger, Logger
 from trainkit.precision import Precision, make_precision
@@ -61,7 +62,7 @@ def limits_from(
     limits = {name: 1.0 if value is None else value for name, value in batches.items()}
     limits["overfit_batches"] = batches["overfit_batches"] or 0.0
     if isinstance(val_check_interval, str | timedelta | Mapping):
-        raise ConfigError("val_check_interval", str(val_check_interval), "batches or a share, not a time")
+        val_check_interval = timedelta(seconds=seconds_of("val_check_interval", val_check_interval))
     interval = 1.0 if val_check_interval is None else val_check_interval
     if fast_dev_run:
         number = at_least("fast_dev_run", int(fast_dev_run), 1)

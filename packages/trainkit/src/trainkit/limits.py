@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from common_platform.errors import ConfigError
@@ -28,11 +29,12 @@ class Limits:
     limit_test_batches: int | float = 1.0
     limit_predict_batches: int | float = 1.0
     overfit_batches: int | float = 0.0
-    val_check_interval: int | float = 1.0
+    val_check_interval: int | float | timedelta = 1.0
     check_val_every_n_epoch: int | None = 1  # None: every val_check_interval batches, whatever the epoch
 
     def __post_init__(self) -> None:
-        for name in (*SHARES, "val_check_interval"):
+        timed = isinstance(self.val_check_interval, timedelta)
+        for name in SHARES if timed else (*SHARES, "val_check_interval"):
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not math.isfinite(value) or value < 0 or (isinstance(value, float) and value > 1):
@@ -48,7 +50,7 @@ class Limits:
         _whole("min_steps", self.min_steps, 0)
         if self.check_val_every_n_epoch is not None:
             _whole("check_val_every_n_epoch", self.check_val_every_n_epoch, 1)
-        elif not isinstance(self.val_check_interval, int):
+        elif not isinstance(self.val_check_interval, int | timedelta):
             raise ConfigError("val_check_interval", self.val_check_interval, "a whole number of batches, because "
                               "check_val_every_n_epoch is None")  # fmt: skip
 
@@ -74,12 +76,14 @@ class Limits:
         return float(share)
 
     def validation_interval(self, num_batches: float) -> float:
-        """In micro-batches; infinite: at the end of an epoch, wherever that is.
+        """In micro-batches; infinite: at the end of an epoch, wherever that is, or by time.
 
         Raises:
             ConfigError: an interval longer than the epoch, or a share of an endless one.
         """
         interval: Any = self.val_check_interval
+        if isinstance(interval, timedelta):
+            return math.inf
         if isinstance(interval, float):
             if interval == 1.0:
                 return num_batches
@@ -90,8 +94,11 @@ class Limits:
             raise ConfigError("val_check_interval", interval, f"at most {num_batches:g}, the batches of an epoch")
         return float(interval)
 
-    def reached_steps(self, global_step: int) -> bool:
-        return self.max_steps != FOREVER and global_step >= self.max_steps
+    @property
+    def validation_interval_s(self) -> float | None:
+        """Seconds of training between validations, where they come by time."""
+        interval = self.val_check_interval
+        return interval.total_seconds() if isinstance(interval, timedelta) else None
 
     def reached_epochs(self, epoch: int) -> bool:
         return self.max_epochs is not None and self.max_epochs != FOREVER and epoch >= self.max_epochs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,10 @@ from trainkit.callbacks.progress import ProgressBar
 from trainkit.data.combined import CombinedLoader, resumable
 from trainkit.data.loaders import check_not_empty, num_batches_of
 from trainkit.data.module import DataModule
+from trainkit.data.resumable import Resumable
 from trainkit.data.seed import rng_state, set_rng_state
 from trainkit.data_source import LOADER_OF, DataSource
+from trainkit.durations import Duration
 from trainkit.hooks import HookCaller, Method, is_written
 from trainkit.interruption import Interruption
 from trainkit.loggers import Logger
@@ -67,10 +68,10 @@ class Trainer:
         max_epochs: default 1000, or no limit where ``max_steps`` or ``max_time`` is given. -1: no limit.
         max_steps: optimizer steps. -1: no limit.
         min_epochs, min_steps: a wish to stop is not heard before.
-        max_time: a ``timedelta``, "DD:HH:MM:SS" or keyword arguments of ``timedelta``.
+        max_time: a ``timedelta``, "DD:HH:MM:SS", "HH:MM:SS" or keyword arguments of ``timedelta``.
         limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches: a number, or a share.
         overfit_batches: train on the same few batches, a number or a share.
-        val_check_interval: a number of batches, or a share of an epoch.
+        val_check_interval: a number of batches, a share of an epoch, or a time, written as ``max_time`` is.
         check_val_every_n_epoch: epochs between validations; None: only ``val_check_interval`` counts.
         num_sanity_val_steps: validation batches before training, to find errors early; -1: all.
         log_every_n_steps: optimizer steps between rows of the log.
@@ -83,6 +84,8 @@ class Trainer:
         profiler: "simple", "advanced", "pytorch", or a ``Profiler``: where the time goes.
         detect_anomaly: find the operation that made a gradient NaN; slow.
         barebones: nothing beside the loop: no loggers, checkpoints, progress, sanity check.
+        sync_batchnorm: batch norms count the batches of all ranks; on one rank there is nothing to do.
+        reload_dataloaders_every_n_epochs: ask for the loaders anew every so many epochs; 0: once.
         plugins: a ``Precision``, in place of ``precision``; a ``CheckpointIO``, such as ``AsyncCheckpointIO``.
         default_root_dir: where checkpoints and logs go; default: ``runs`` here.
         enable_autolog_hparams: whether loggers are told of the module's hyperparameters.
@@ -110,13 +113,13 @@ class Trainer:
         min_epochs: int | None = None,
         max_steps: int = -1,
         min_steps: int | None = None,
-        max_time: timedelta | str | Mapping[str, float] | None = None,
+        max_time: Duration | None = None,
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
         limit_test_batches: int | float | None = None,
         limit_predict_batches: int | float | None = None,
         overfit_batches: int | float = 0.0,
-        val_check_interval: int | float | None = None,
+        val_check_interval: int | float | Duration | None = None,
         check_val_every_n_epoch: int | None = 1,
         num_sanity_val_steps: int | None = None,
         log_every_n_steps: int | None = None,
@@ -144,10 +147,8 @@ class Trainer:
     ) -> None:
         refuse(
             {
-                "sync_batchnorm": (sync_batchnorm, False, "convert the module in configure_model"),
                 "model_registry": (model_registry, None, "there is none"),
                 "num_nodes": (num_nodes, 1, "start the nodes with torchrun"),
-                "reload_dataloaders_every_n_epochs": (reload_dataloaders_every_n_epochs, 0, "a loader that reloads"),
             }
         )
         quiet = barebones or bool(fast_dev_run)
@@ -177,8 +178,12 @@ class Trainer:
         self.num_sanity_val_steps = 0 if quiet else sanity
         self.max_skipped = at_least("max_skipped", max_skipped, 1)
         self.prefetch_to_device = prefetch_to_device
+        self.reload_dataloaders_every_n_epochs = at_least(
+            "reload_dataloaders_every_n_epochs", reload_dataloaders_every_n_epochs, 0
+        )
         self.gradient_clip_val, self.gradient_clip_algorithm = _clipping(gradient_clip_val, gradient_clip_algorithm)
         self.strategy = make_strategy(strategy, accelerator, devices)
+        self.strategy.syncs_batchnorm |= sync_batchnorm
         self.precision_plugin, self.checkpoint_io = plugins_from(precision, plugins, self.strategy.device)
         self.callbacks = callbacks_from(
             without_keepers(callbacks) if quiet else callbacks,
@@ -395,19 +400,30 @@ class Trainer:
         set_rng_state(before)
 
     def _fit_loop(self) -> FitLoop:
+        loop = FitLoop(self, self.train_batches(), self.validation_loaders())
+        attach_to_loop(loop, self.profiler)
+        loop.feed.load_state_dict(self._resumed.pop("loader", {}))
+        if "fit" in self._resumed:
+            loop.load_state_dict(self._resumed.pop("fit"))
+        return loop
+
+    def train_batches(self) -> Resumable:
+        """The training batches.
+
+        Raises:
+            ConfigError: there are none.
+        """
         loaders = self.loaders("fit")
         if len(loaders) != 1:
             raise ConfigError(
                 "train_dataloaders", f"{len(loaders)} loaders", "one: batches, or a train_dataloader method"
             )
         check_not_empty(loaders[0], "train")
-        train = resumable(loaders[0])
-        loop = FitLoop(self, train, self.loaders("validate") if self._validates() else [])
-        attach_to_loop(loop, self.profiler)
-        loop.feed.load_state_dict(self._resumed.pop("loader", {}))
-        if "fit" in self._resumed:
-            loop.load_state_dict(self._resumed.pop("fit"))
-        return loop
+        return resumable(loaders[0])
+
+    def validation_loaders(self) -> list[Any]:
+        """Those of validation inside fit; none where it does not validate."""
+        return self.loaders("validate") if self._validates() else []
 
     def _validates(self) -> bool:
         return is_written(self.module, TrainModule, "validation_step") and self.limits.limit_val_batches > 0
@@ -877,6 +893,8 @@ class Trainer:
     def leave_stage(self) -> None:
         self.profiler.teardown(self._stage)
         self.profiler.describe()
+        if not self.is_nested:
+            self.strategy.teardown()
         self._stage = self._doing = None
         self.sanity_checking = False
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from common_platform.errors import ConfigError
 from trainkit.callbacks.base import Callback
+from trainkit.durations import Duration, seconds_of
 
 if TYPE_CHECKING:
     from trainkit.module import TrainModule
@@ -19,14 +17,14 @@ class Timer(Callback):
     """Stops training once ``duration`` of it has passed, the time before a resume included.
 
     Args:
-        duration: a ``timedelta``, "DD:HH:MM:SS", or a mapping of keyword arguments of ``timedelta``.
+        duration: a ``timedelta``, "DD:HH:MM:SS", "HH:MM:SS", or a mapping of keyword arguments of ``timedelta``.
 
     Raises:
         ConfigError: it is none of these, or not above zero.
     """
 
-    def __init__(self, duration: timedelta | str | Mapping[str, float]) -> None:
-        self.seconds = _seconds(duration)
+    def __init__(self, duration: Duration) -> None:
+        self.seconds = seconds_of("max_time", duration)
         self._before = 0.0
         self._started: float | None = None
 
@@ -54,17 +52,3 @@ class Timer(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before = state_dict["elapsed"]
-
-
-def _seconds(duration: timedelta | str | Mapping[str, float]) -> float:
-    if isinstance(duration, str):
-        parts = duration.split(":")
-        if len(parts) != 4 or not all(part.isdigit() for part in parts):
-            raise ConfigError("max_time", duration, "DD:HH:MM:SS, a timedelta, or {'minutes': 5}")
-        days, hours, minutes, seconds = map(int, parts)
-        duration = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
-    elif isinstance(duration, Mapping):
-        duration = timedelta(**duration)
-    if duration <= timedelta(0):
-        raise ConfigError("max_time", str(duration), "a time above zero")
-    return duration.total_seconds()

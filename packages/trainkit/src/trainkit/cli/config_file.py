@@ -12,17 +12,48 @@ MAX_BYTES = 1 << 20
 MAX_ALIASES = 64
 
 
-def check_config_files(arguments: Sequence[str]) -> None:
+def check_config_files(arguments: Sequence[str]) -> list[str]:
     """Read every file that ``--config`` names in ``arguments``.
+
+    Returns:
+        Their texts.
 
     Raises:
         ConfigError: one is missing, too large, has a key twice, a tag that would make an object, or is no mapping.
     """
+    found = []
     for name, value in _named(arguments):
-        if value.lstrip().startswith(("{", "[")) or "\n" in value:
-            read_yaml(value, name)
-        else:
-            read_yaml(_text(Path(value), name), name)
+        is_text = value.lstrip().startswith(("{", "[")) or "\n" in value
+        found.append(value if is_text else _text(Path(value), name))
+        read_yaml(found[-1], name)
+    return found
+
+
+def refuse_quoted_numbers(text: str, config: Any) -> None:
+    """A number in quotes is a text, and not a setting that wants a number.
+
+    Args:
+        text: of a file that ``check_config_files`` has read.
+        config: what was made of it.
+
+    Raises:
+        ConfigError: a quoted text became a number; the key is named.
+    """
+    yaml = _yaml()
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None:
+        _refuse_quoted(yaml, root, config, "")
+
+
+def _refuse_quoted(yaml: Any, node: Any, made: Any, key: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            inner = made.get(name.value) if hasattr(made, "get") else None
+            _refuse_quoted(yaml, value, inner, f"{key}.{name.value}".lstrip("."))
+        return
+    is_quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
+    if is_quoted and isinstance(made, int | float) and not isinstance(made, bool):
+        raise ConfigError(key, f"the text {node.value!r}", f"a number: {node.value} without quotes")
 
 
 def _named(arguments: Sequence[str]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from common_platform.errors import ConfigError, PlatformError, ResourceError
 from trainkit.callbacks.base import Callback
-from trainkit.cli.config_file import check_config_files
+from trainkit.cli.config_file import check_config_files, refuse_quoted_numbers
 from trainkit.cli.save_config import SaveConfigCallback
 from trainkit.data.module import DataModule
 from trainkit.data.seed import seed_everything
@@ -153,8 +153,11 @@ class TrainCLI:
             if isinstance(given, Mapping):
                 self.config = parser.parse_object(dict(given))
             else:
-                check_config_files(given)
+                texts = check_config_files(given)
                 self.config = parser.parse_args(list(given))
+                command = self.config.get("subcommand")
+                for text in texts:
+                    refuse_quoted_numbers(text, self.config[command] if command else self.config)
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(REFUSED) from error

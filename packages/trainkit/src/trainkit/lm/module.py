@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -132,6 +132,13 @@ class CausalLM(TrainModule):
     def _log_loss(self, name: str, batch: Mapping[str, Tensor]) -> None:
         total, count = self.loss(batch)
         self.log(name, total / max(count, 1), prog_bar=True, weight=count)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Make a step, and let gradients go at once: the next forward pass needs their room."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
 
     def configure_optimizers(self) -> Any:
         settings = self.hparams

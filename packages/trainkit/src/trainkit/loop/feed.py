@@ -29,16 +29,22 @@ class Feed:
     """
 
     def __init__(self, trainer: Trainer, train: Resumable, num_batches: float) -> None:
-        self._trainer, self.train, self._num_batches = trainer, train, num_batches
-        self._prefetch = self._make_prefetch()
-        self._reads_ahead = self._prefetch is not None or math.isinf(train.num_batches)
+        self._trainer = trainer
         self._batches: Iterator[Any] = iter(())
         self._ahead: list[Any] = []  # a batch read ahead, to know which one is the last or to move it early
         self._raw_before_ahead: Any = None  # generators when it was read
         self._loader_before_ahead: dict[str, Any] = {}
         self._before_ahead: dict[str, Any] | None = None
-        self._ranks_may_differ = trainer.world_size > 1 and math.isinf(train.num_batches)
         self.move = trainer.data.mover()
+        self.replace(train, num_batches)
+
+    def replace(self, train: Resumable, num_batches: float) -> None:
+        """Give the batches of another loader from the next epoch on; the arguments and errors are the constructor's."""
+        trainer = self._trainer
+        self.train, self._num_batches = train, num_batches
+        self._prefetch = self._make_prefetch()
+        self._reads_ahead = self._prefetch is not None or math.isinf(train.num_batches)
+        self._ranks_may_differ = trainer.world_size > 1 and math.isinf(train.num_batches)
         if trainer.world_size > 1:
             self._check_same_on_all(str(num_batches))
 

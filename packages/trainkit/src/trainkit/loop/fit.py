@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,17 +62,25 @@ class FitLoop:
     def __init__(self, trainer: Trainer, train: Resumable, validation: list[Any]) -> None:
         self.trainer = trainer
         self.validation = validation
-        self.num_batches = trainer.limits.of("fit", train.num_batches)
-        self.validate_every = trainer.limits.validation_interval(self.num_batches) if validation else math.inf
+        self._measure(train)
         automatic = trainer.module.automatic_optimization
         self.optimization = AutomaticOptimization(trainer) if automatic else ManualOptimization(trainer)
         self.feed = Feed(trainer, train, self.num_batches)
+        self._reload_every = trainer.reload_dataloaders_every_n_epochs
+        self._loaded_in = trainer.progress.epoch // max(self._reload_every, 1) * self._reload_every  # which epoch
+        self._validation_loaded_in = self._first_load_of_validation()
+        self._validated_at = time.monotonic()
         self._group_left = 0  # micro-batches until the optimizer steps
         self._max_steps = math.inf if trainer.limits.max_steps == FOREVER else trainer.limits.max_steps
         self._ended_early = False
         self._on_batch_start: Method | None = None
         self._on_batch_end: Method | None = None
         self._keep_after_batch: Method | None = None
+
+    def _measure(self, train: Resumable) -> None:
+        limits = self.trainer.limits
+        self.num_batches = limits.of("fit", train.num_batches)
+        self.validate_every = limits.validation_interval(self.num_batches) if self.validation else math.inf
 
     @property
     def progress(self) -> Progress:
@@ -88,6 +97,7 @@ class FitLoop:
             return
         trainer.call("on_train_start")
         trainer.call_last("on_train_start")
+        self._validated_at = time.monotonic()
         while not self._is_done():
             self._epoch()
             self.progress.next_epoch()
@@ -108,6 +118,8 @@ class FitLoop:
 
     def _epoch(self) -> None:
         trainer, progress = self.trainer, self.progress
+        if self._reload_every and progress.epoch - self._loaded_in >= self._reload_every:
+            self._reload()
         self.feed.begin_epoch()
         if progress.batch == 0:
             trainer.results.in_batch = False
@@ -124,6 +136,30 @@ class FitLoop:
             if trainer.interruption is not None:
                 trainer.interruption.between_batches()  # the state is whole here
         self._end_epoch()
+
+    def _reload(self) -> None:
+        """Ask for the training batches anew."""
+        self._loaded_in = self.progress.epoch
+        self.trainer.data.forget("fit")
+        train = self.trainer.train_batches()
+        self._measure(train)
+        self.feed.replace(train, self.num_batches)
+
+    def _first_load_of_validation(self) -> float | None:
+        """The epoch that the sanity check's loaders count for; None: those of the first validation are new."""
+        trainer = self.trainer
+        if not trainer.num_sanity_val_steps or trainer.progress.batch:
+            return None
+        return trainer.progress.epoch if trainer.limits.validates_in(trainer.progress.epoch) else -math.inf
+
+    def _reload_validation(self) -> None:
+        epoch, before = self.progress.epoch, self._validation_loaded_in
+        if before is not None and epoch - before < self._reload_every:
+            return
+        self._validation_loaded_in = epoch
+        if before is not None:
+            self.trainer.data.forget("validate")
+            self.validation = self.trainer.validation_loaders()
 
     def _look_up(self) -> None:
         """What each step of the epoch calls; a hook that nobody wrote is None."""
@@ -206,6 +242,9 @@ class FitLoop:
             return False
         if trainer.should_stop and trainer.limits.may_stop(progress.epoch, progress.global_step):
             return True
+        interval = trainer.limits.validation_interval_s
+        if interval is not None:
+            return bool(trainer.strategy.broadcast_plain(time.monotonic() - self._validated_at >= interval))
         if math.isinf(self.validate_every):
             return math.isinf(self.num_batches) and not self.feed.has_read_ahead
         counted = progress.total_batches if trainer.limits.check_val_every_n_epoch is None else progress.batch
@@ -217,7 +256,10 @@ class FitLoop:
             trainer.module.on_validation_model_zero_grad()
         self.progress.phase = VALIDATED
         with trainer.stage("validate"):
+            if self._reload_every:
+                self._reload_validation()
             evaluate(trainer, VALIDATION, self.validation)
+        self._validated_at = time.monotonic()
 
     def _end_epoch(self) -> None:
         trainer, progress = self.trainer, self.progress

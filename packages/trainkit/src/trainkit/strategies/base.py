@@ -23,6 +23,7 @@ class Strategy(ABC):
     node_rank: int = 0
     num_nodes: int = 1
     world_size: int = 1
+    syncs_batchnorm: bool = False  # whether batch norms count the batches of all ranks in training
 
     @property
     def is_first(self) -> bool:
@@ -87,7 +88,7 @@ class Strategy(ABC):
         """Wait for all ranks."""
 
     def teardown(self) -> None:
-        """Let go of what ``launch`` took."""
+        """A stage is over: let go of what ``setup`` made."""
 
     # --- state ---
 

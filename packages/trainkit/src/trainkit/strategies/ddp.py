@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -17,6 +17,7 @@ from common_platform.platforms import detect
 from trainkit.strategies import process_group
 from trainkit.strategies.base import Strategy
 from trainkit.strategies.launch import is_launched, start_ranks, watch_parent
+from trainkit.strategies.sync_batchnorm import synchronize
 
 
 class DDPStrategy(Strategy):
@@ -42,6 +43,7 @@ class DDPStrategy(Strategy):
         self._settings = settings
         self._module: nn.Module = nn.Identity()
         self._wrapped: nn.Module | None = None
+        self._undo_batchnorm: Callable[[], None] | None = None
         self._syncs = True
         self.device = torch.device("cpu")
 
@@ -79,16 +81,24 @@ class DDPStrategy(Strategy):
         return self._module
 
     def setup(self, module: nn.Module, *, trains: bool) -> nn.Module:
+        self.teardown()
         self._module = module.to(self.device)
-        self._wrapped = None
         if self.world_size == 1 or not trains:
             return self._module
+        if self.syncs_batchnorm:
+            self._undo_batchnorm = synchronize(module)
         if getattr(module, "automatic_optimization", True):
             self._wrapped = DistributedDataParallel(_Steps(module), **self._settings)
             return self._wrapped
         for tensor in [*module.parameters(), *module.buffers()]:
             torch.distributed.broadcast(tensor.detach(), 0)
         return self._module
+
+    def teardown(self) -> None:
+        self._wrapped = None  # it holds on to the group, whose threads then outlive it
+        if self._undo_batchnorm is not None:
+            self._undo_batchnorm()
+            self._undo_batchnorm = None
 
     def wrap(self, module: nn.Module) -> nn.Module:
         placed = module.to(self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 from collections.abc import Mapping
@@ -42,8 +43,19 @@ def join_group(backend: str, rendezvous_timeout: timedelta, timeout: timedelta) 
 
 
 def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """End the group's threads while Python still runs.
+
+    They let go of the tensors of the last operation a moment after it is done, and need the interpreter for it: one
+    that comes late is ended by force, and the process with it ("terminate called without an active exception"). A
+    ``DistributedDataParallel`` keeps the group and its threads alive, so those that nobody needs any more go first.
+    """
+    if not dist.is_initialized():
+        return
+    gc.collect()
+    group = dist.group.WORLD
+    if group is not None and dist.get_backend() == "gloo":
+        group._wait_for_pending_works()  # whoever still holds the group, its threads then hold nothing
+    dist.destroy_process_group()
 
 
 def reduce(value: Tensor, how: str) -> Tensor:
