@@ -90,3 +90,29 @@ def test_ranks_that_read_the_same_stream_are_told(tmp_path):
     assert process.returncode == 0, err
     assert err.count("UserWarning: all ranks read the same samples") == 1
     assert "ShardedIterable" in err
+
+
+LEAVES = """
+import os, socket
+from datetime import timedelta
+import torch
+from trainkit.strategies import process_group
+with socket.socket() as listener:
+    listener.bind(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
+process_group.join_group("gloo", timedelta(seconds=60), timedelta(seconds=60))
+for _ in range(50):
+    process_group.reduce(torch.ones(1000), "sum")
+process_group._leave()
+held = [one for one in process_group._lent if one() is not None]
+print(len(process_group._lent) > 0, held, torch.distributed.is_initialized())
+"""
+
+
+def test_a_rank_leaves_when_the_groups_threads_hold_none_of_its_tensors():
+    """One that lets go later, when the interpreter is gone, aborts the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=100, env=child_environment(), check=True
+    )
+    assert done.stdout.split("\n")[0] == "True [] False"

@@ -34,7 +34,7 @@ class Warms(Net):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
-        return [optimizer], [warmup_schedule(optimizer, self.warmup_steps, self.total_steps)]
+        return [optimizer], [warmup_schedule(optimizer, warmup_steps=self.warmup_steps, total_steps=self.total_steps)]
 
 
 class Data(trainkit.DataModule):

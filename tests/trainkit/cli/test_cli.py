@@ -173,7 +173,7 @@ WRONG = [  # arguments after the parts, exit status, what stderr says
     pytest.param(["--seed_everything", "abc"], 2, "seed_everything: got abc", id="trn-023"),
     pytest.param(["--data.count", "0"], 3, "train", id="trn-034"),
     pytest.param(["--model", f"{PARTS}.Warms", "--model.warmup_steps=-1"], 3, "warmup_steps: got -1", id="trn-009"),
-    pytest.param(["--model", f"{PARTS}.Warms", "--model.warmup_steps=11"], 3, "warmup_steps: got 11; allowed 0..10",
+    pytest.param(["--model", f"{PARTS}.Warms", "--model.warmup_steps=11"], 3, "got 11; allowed 0..total_steps=10",
                  id="trn-010"),
     pytest.param(["--trainer.callbacks+", "trainkit.callbacks.EarlyStopping", "--trainer.callbacks.monitor",
                   "val_los"], 3, "monitor: got val_los; allowed a logged metric: ['train_loss'", id="trn-018"),

@@ -95,7 +95,7 @@ class DDPStrategy(Strategy):
         return self._module
 
     def teardown(self) -> None:
-        self._wrapped = None  # it holds on to the group, whose threads then outlive it
+        self._wrapped = None
         if self._undo_batchnorm is not None:
             self._undo_batchnorm()
             self._undo_batchnorm = None

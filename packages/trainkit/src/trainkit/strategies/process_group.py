@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import json
 import os
+import time
+import weakref
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from common_platform.errors import CollectiveMismatch, ConfigError, RankLost, RendezvousTimeout
 
 OPERATIONS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+LET_GO_S = 5.0  # for threads of an operation that failed; others take a moment
 REQUIRED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 
 
@@ -43,18 +45,17 @@ def join_group(backend: str, rendezvous_timeout: timedelta, timeout: timedelta) 
 
 
 def _leave() -> None:
-    """End the group's threads while Python still runs.
+    """Leave the group while Python still runs, and once its threads have let go of our tensors.
 
-    They let go of the tensors of the last operation a moment after it is done, and need the interpreter for it: one
-    that comes late is ended by force, and the process with it ("terminate called without an active exception"). A
-    ``DistributedDataParallel`` keeps the group and its threads alive, so those that nobody needs any more go first.
+    A thread of Gloo does so a moment after an operation is done, and needs the interpreter for it: one that comes when
+    that is gone is ended by force, and the process with it ("terminate called without an active exception").
+    Destroying the group does not end its threads where a ``DistributedDataParallel`` has used it.
     """
     if not dist.is_initialized():
         return
-    gc.collect()
-    group = dist.group.WORLD
-    if group is not None and dist.get_backend() == "gloo":
-        group._wait_for_pending_works()  # whoever still holds the group, its threads then hold nothing
+    deadline = time.monotonic() + LET_GO_S
+    while any(reference() is not None for reference in _lent) and time.monotonic() < deadline:
+        time.sleep(0.001)
     dist.destroy_process_group()
 
 
@@ -132,9 +133,24 @@ def average_gradients(parameters: list[Tensor]) -> None:
             gradient.copy_(part.view_as(gradient))
 
 
+_lent: list[weakref.ref[Tensor]] = []  # what operations were given, until the group's threads let go of it
+
+
 def _run(what: str, operation: Any, *arguments: Any) -> None:
+    _lent[:] = [reference for reference in _lent if reference() is not None]
     try:
-        operation(*arguments)
+        operation(*(_lend(argument) for argument in arguments))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise RankLost(what, reason, "all ranks, in time") from error
+
+
+def _lend(argument: Any) -> Any:
+    """``argument`` in tensors of their own over the same memory, so that it shows when the group's threads are done."""
+    if isinstance(argument, list):
+        return [_lend(one) for one in argument]
+    if not isinstance(argument, Tensor):
+        return argument
+    lent = argument.detach()
+    _lent.append(weakref.ref(lent))
+    return lent

@@ -41,7 +41,7 @@ class _OverRanks(_BatchNorm):
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         count = x.numel() // x.shape[1]
         sums = _sum(torch.cat([x.sum(dims), x.new_tensor([float(count)])]))  # [channels + 1]
-        total = float(sums[-1])
+        total = float(sums[-1].detach())
         if total < 2:
             raise ValueError(f"expected more than 1 value per channel when training, got input size {input.shape}")
         mean = sums[:-1] / total
