@@ -16,6 +16,7 @@ from tests.tiny import make_folder
 from common_platform.errors import ArtifactMissing, EngineDead, RequestError
 from servekit import LLM, AsyncEngine, EngineConfig, SamplingParams
 from servekit.engine.messages import Answer
+from servekit.engine.supervisor import RestartPolicy
 
 PROMPTS = [f"number {i} is" for i in range(12)]
 GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
@@ -261,3 +262,47 @@ async def _last_of(stream):
     async for output in stream:
         last = output
     return last
+
+
+def test_a_listener_that_raises_ends_its_own_request_and_no_other(folder, caplog):
+    told: list[object] = []
+
+    def raises(news) -> None:
+        told.append(news)
+        raise ValueError("a listener's own fault")
+
+    async def work(engine: AsyncEngine) -> None:
+        wanted = await answer(engine, "alone", PROMPTS[0])
+        reader = asyncio.create_task(answer(engine, "good", PROMPTS[0]))
+        await engine.add_request("bad", PROMPTS[1], GREEDY, listener=raises)
+        assert await reader == wanted
+        await settled(engine)
+        assert engine.num_requests == 0
+        assert [getattr(news, "code", "") for news in told] == ["", "internal_error"]
+        assert await answer(engine, "after", PROMPTS[0]) == wanted
+
+    run(work, folder)
+    assert "listener of request bad raised" in caplog.text
+
+
+def test_an_engine_whose_words_nobody_understands_is_begun_again(folder, monkeypatch):
+    async def work(engine: AsyncEngine) -> None:
+        wanted = await answer(engine, "before", PROMPTS[0])
+        process = engine._outputs.process
+
+        def once(updates):
+            monkeypatch.setattr(engine._outputs, "process", process)
+            raise ValueError("what is this?")
+
+        monkeypatch.setattr(engine._outputs, "process", once)
+        assert await answer(engine, "again", PROMPTS[0]) == wanted
+        assert engine.num_restarts == 1
+
+    async def main() -> None:
+        engine = await AsyncEngine.from_config(config(folder), RestartPolicy(2))
+        try:
+            await asyncio.wait_for(work(engine), 120)
+        finally:
+            await engine.shutdown()
+
+    asyncio.run(main())

@@ -121,8 +121,11 @@ class RequestStream:
         self._error = error
         if self.listener is None:
             self._has_news.set()
-        else:
+            return
+        try:
             self.listener(error)
+        except Exception:  # what one request cannot hear is no matter of the others
+            log.exception("the listener of request %s raised when it was told of its end", self.request.request_id)
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
         return self
@@ -402,13 +405,22 @@ class AsyncEngine:
     # --- the engine's side ---
 
     async def _listen(self) -> None:
+        """Take in what the engine says. Where that goes wrong the engine is ended and begun again."""
+        try:
+            await self._take_in()
+        except Exception:
+            log.exception("what the engine says cannot be taken in: its process is ended")
+            if self._process is not None and self._process.returncode is None:
+                self._process.kill()
+
+    async def _take_in(self) -> None:
         socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket.underlying)  # for what does not wait
         while True:
             messages = [await self._receive(), *_waiting(socket)]
             updates = [update for message in messages if isinstance(message, m.News) for update in message.updates]
             moved, ended = self._outputs.process(updates)
             for tracker in moved:
-                self._pass_on(tracker)
+                ended += self._pass_on(tracker)
             if ended:
                 with contextlib.suppress(EngineDead):
                     await self._send(m.Abort(ended))
@@ -432,14 +444,22 @@ class AsyncEngine:
             case _:
                 raise EngineDead(message=f"the engine said {type(message).__name__} out of turn")
 
-    def _pass_on(self, tracker: RequestTracker) -> None:
+    def _pass_on(self, tracker: RequestTracker) -> Sequence[str]:
+        """Tell a request's reader; the ids of its sequences where the reader raised: it ends then, alone."""
         request_id = tracker.request.request_id
         stream = self._streams.get(request_id)
         if stream is None:
-            return
+            return ()
         if tracker.finished:
             del self._streams[request_id]
-        stream.moved()
+        try:
+            stream.moved()
+        except Exception:
+            log.exception("the listener of request %s raised; the request ends", request_id)
+            self._streams.pop(request_id, None)
+            stream.fail(PlatformError(message=f"internal error, id {request_id}", code="internal_error"))
+            return self._outputs.forget(request_id)
+        return ()
 
     async def _supervise(self) -> None:
         """The moment the process ends, everybody who waits for it learns so; then it is started again."""
@@ -478,8 +498,9 @@ class AsyncEngine:
             self._socket = self._new_socket()
             try:
                 await self._launch(config)
-            except PlatformError as error:
-                log.error("the engine could not be started again: %s", error)
+            except Exception as error:  # nobody else would start it
+                is_ours = isinstance(error, PlatformError)
+                log.error("the engine could not be started again: %s", error, exc_info=not is_ours)
                 await self._kill()
                 continue
             await self._resume()
