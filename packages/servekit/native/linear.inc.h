@@ -212,18 +212,6 @@ void finish(const sk_matrix& w, Slice slice, float* tile, int rows, int first, i
   }
 }
 
-// What `finish` is about to write lies far away: in the caches that cores share, or in memory.
-void ask_for_targets(const sk_rows& out, Slice slice, int first, int rows, int epilogue) {
-  const int column = slice.panel * PANEL + slice.first;
-  const size_t item = out.format == SK_BF16 ? 2 : 4;
-  const size_t from = (epilogue == SK_SWIGLU ? column / 2 : column) * item;
-  const size_t bytes = (epilogue == SK_SWIGLU ? PANEL / 2 : slice.columns) * item;
-  const auto* data = static_cast<const uint8_t*>(out.data) + from;
-  for (int r = 0; r < rows; ++r)
-    for (size_t at = 0; at < bytes; at += LINE)
-      __builtin_prefetch(data + static_cast<size_t>(first + r) * out.stride * item + at, 1, 3);
-}
-
 size_t panel_bytes(const sk_matrix& w) {
   switch (w.format) {
     case SK_F32: return static_cast<size_t>(w.k) * PANEL * 4;
@@ -262,7 +250,6 @@ void linear(const sk_matrix& w, const sk_rows& x, Slice slice, int first, int la
       for (int t = 0; t < tiles; ++t) {
         const int from = rows * t / tiles, count = rows * (t + 1) / tiles - from;
         Ahead ahead = {nullptr, 0, row_of(x, row + from + count)};
-        if (!more) ask_for_targets(out, slice, row + from, count, epilogue);
         const int begin = lines * t / tiles, end = lines * (t + 1) / tiles;
         if (asks && begin < end) ahead.at = then + begin * LINE, ahead.lines = end - begin;
         tile_of(count, vectors, w.format)(w, weights + v * VECTOR, x, row + from, buffer + from * PANEL + v * LANES,
