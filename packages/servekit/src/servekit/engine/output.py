@@ -203,7 +203,6 @@ class RequestTracker:
         self.prompt = prompt
         self.sequences = [_Sequence(i, request, tokenizer) for i in range(request.num_sequences)]
         self.moved: list[_Sequence] = []  # since an output was taken
-        self._request_id, self._prompt_token_ids = request.request_id, request.prompt_token_ids
         self._picks_best = request.num_sequences > request.sampling.n
         self._prompt_logprobs: list[TokenLogprob] | None = None if request.sampling.prompt_logprobs is None else []
         self._cached = 0
@@ -235,19 +234,7 @@ class RequestTracker:
         if not moved or (self._picks_best and self.num_running):
             return None
         self.moved = []
-        if len(moved) > 1 or self._picks_best:
-            return self._output([sequence.take() for sequence in (self._best() if self._picks_best else moved)])
-        return RequestOutput(
-            self._request_id,
-            self.prompt,
-            self._prompt_token_ids,
-            [moved[0].take()],
-            not self.num_running,
-            self._prompt_logprobs,
-            self._cached,
-            self._events,
-            self._pooled,
-        )
+        return self._output([sequence.take() for sequence in (self._best() if self._picks_best else moved)])
 
     def take_text(self) -> tuple[str, int] | None:
         """The text that is new and of how many tokens it is; None where that is not all there is to be taken."""
