@@ -5,16 +5,16 @@ No other format is read: torch's own can carry more than numbers (CVE-2025-62164
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import numpy as np
 
+from common_platform.artifact import safetensors_reader, strict_json
 from common_platform.errors import RequestError
 from servekit.core.prompt_embeds import PromptEmbeds
 
-DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
+DTYPES = {kind: safetensors_reader.DTYPES[kind] for kind in ("F32", "F16", "BF16")}
 WANTED = "safetensors with one tensor [tokens, hidden] of F32, F16 or BF16"
 MAX_HEADER_BYTES = 65_536
 BF16_EXPONENT = 0x7F80  # all ones: infinite, or not a number
@@ -74,8 +74,8 @@ def _only_tensor(content: bytes, path: str) -> tuple[dict[str, Any], bytes]:
     if len(content) < 8 or not 2 <= size <= min(MAX_HEADER_BYTES, len(content) - 8):
         raise _malformed(path, "bytes without its header")
     try:
-        header = json.loads(content[8 : 8 + size])
-    except (ValueError, RecursionError) as error:
+        header = strict_json.loads(content[8 : 8 + size])
+    except ValueError as error:
         raise _malformed(path, "a header that is not JSON") from error
     tensors = [about for name, about in header.items() if name != "__metadata__"] if isinstance(header, dict) else []
     if len(tensors) != 1 or not isinstance(tensors[0], dict):
