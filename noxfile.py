@@ -79,13 +79,17 @@ def core(session: nox.Session) -> None:
 
 @nox.session
 def kernels(session: nox.Session) -> None:
-    """The Triton kernels without a GPU: compiled for real devices, then interpreted in another process."""
+    """The Triton kernels without a GPU: compiled for real devices, interpreted, and compiled as they were launched."""
     install(session, *REAL_MODEL, *TEST_NEEDS, *KERNEL_NEEDS)
     session.run("python", "-m", "pytest", "tests/kernels", "-n", "2", *session.posargs)
-    interpreted = ["-k", "triton", "-m", "not slow", "-n", "2", *session.posargs]
-    folders = [folder for folder in ("tests/servekit", "tests/trainkit") if Path(folder, "kernels").is_dir()]
-    env = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    session.run("python", "-m", "pytest", *(f"{folder}/kernels" for folder in folders), *interpreted, env=env)
+    interpreted = ["-k", "triton", "-m", "not slow", "-n", "2", "-p", "tests.kernels.launches", *session.posargs]
+    folders = [f"tests/{package}/kernels" for package in ("servekit", "trainkit")]
+    with tempfile.TemporaryDirectory() as launches:
+        env = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "KERNEL_LAUNCHES": launches}
+        session.run("python", "-m", "pytest", *folders, *interpreted, env=env)
+        if not session.posargs:  # what some of the tests launch says little
+            env = {"KERNEL_LAUNCHES": launches}
+            session.run("python", "-m", "pytest", "tests/kernels/test_launched.py", "-n", "2", env=env)
 
 
 @nox.session

@@ -38,7 +38,8 @@ import json, resource, sys
 import pydoc_data.topics
 from common_platform.embedded import smollm2
 from servekit.engine.tokenizer import Tokenizer
-from servekit.execution.executor import ExecutorConfig, InProcessExecutor
+from servekit.execution.choices import ExecutorConfig
+from servekit.execution.executor import InProcessExecutor
 settings, pieces, piece, stride = json.loads(sys.argv[1])
 topics = pydoc_data.topics.topics
 ids = Tokenizer.from_folder(smollm2()).encode("\\n\\n".join(topics[name] for name in sorted(topics)))

@@ -58,6 +58,25 @@ def test_rocm(monkeypatch):
     assert platform.found == ("cuda: not here", "rocm: 2 x Fake Accelerator")
 
 
+@pytest.mark.parametrize(
+    ("hip", "capability", "arch", "has_it"),
+    [
+        (None, (8, 0), "", False),
+        (None, (8, 9), "", True),
+        (None, (10, 0), "", True),
+        ("6.4", (9, 0), "gfx90a:sramecc+:xnack-", False),
+        ("6.4", (9, 4), "gfx942:sramecc+:xnack-", True),
+        ("6.4", (9, 5), "gfx950", True),
+        ("6.4", (11, 0), "gfx1100", False),
+        ("6.4", (12, 0), "gfx1201", True),
+    ],
+)
+def test_float8_is_a_fact_of_devices_that_multiply_it(monkeypatch, hip, capability, arch, has_it):
+    """AMD's numbers of capability are no measure: an MI200 says 9.0, as a Hopper does."""
+    fake_cuda(monkeypatch, hip=hip, capability=capability, arch=arch)
+    assert ("float8_e4m3fn" in detect().dtypes) is has_it
+
+
 def test_xpu(monkeypatch):
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)

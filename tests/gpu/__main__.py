@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.stages import Stage, run_stage
+from tests.gpu.targets import targets
 from tests.gpu.work import PROOFS, TIMED, has_msgspec, run_work
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,6 +158,7 @@ class Run:
 
     def _told(self, name: str, ok: bool) -> None:
         self.report["seconds"] = time.monotonic() - self._begin
+        self.report["targets"] = targets(self.report["phases"])
         self.write()
         print(f"{name}: {'ok' if ok else 'FAILED'} {self.report['seconds']:.0f} s", flush=True)
 

@@ -40,10 +40,16 @@ def parity(progress: Progress, is_dry: bool) -> int:
     ).to(device)
     expected = [_generate(model, prompt, num_tokens, device) for prompt in prompts]
     progress.put(len(prompts), "prompts")
-    for name, settings in {"graphs": {}, "eager": {"enforce_eager": True}}.items():
+    runs: dict[str, tuple[torch.device, dict[str, Any]]] = {
+        "graphs": (device, {}),
+        "eager": (device, {"enforce_eager": True}),
+    }
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        runs["second device"] = torch.device("cuda:1"), {}
+    for name, (where, settings) in runs.items():
         if not progress.begins(name):
             continue
-        found = _greedy(folder, prompts, num_tokens, device, settings)
+        found = _greedy(folder, prompts, num_tokens, where, settings)
         forget()
         differing = [
             _difference(model, prompt, want, got, device)
@@ -154,22 +160,31 @@ def _prompts(count: int, length: int, vocab: int) -> list[list[int]]:
 
 
 def _ours(folder: Path, load: Load, device: torch.device, settings: dict[str, Any], put: Put) -> None:
+    """
+    Raises:
+        RuntimeError: a request waited until a kernel was compiled; the figures are there nevertheless.
+    """
+    from common_platform.kernels import compilations
     from servekit import LLM, SamplingParams
 
     started = time.perf_counter()
     most = max(load.concurrent)
-    with _llm(
-        LLM,
-        folder,
-        device,
-        dtype=load.dtype,
-        max_model_len=load.prompt + load.answer + 16,
-        max_num_seqs=most,
-        max_num_batched_tokens=max(2048, most) if device.type == "cuda" else 16,
-        enable_prefix_caching=False,
-        **settings,
-    ) as llm:
+    with (
+        _llm(
+            LLM,
+            folder,
+            device,
+            dtype=load.dtype,
+            max_model_len=load.prompt + load.answer + 16,
+            max_num_seqs=most,
+            max_num_batched_tokens=max(2048, most) if device.type == "cuda" else 16,
+            enable_prefix_caching=False,
+            **settings,
+        ) as llm,
+        compilations() as late,
+    ):
         put(time.perf_counter() - started, "ready_in_s")
+        put(llm.collective_rpc(lambda runner: runner.graph_bytes)[0], "graph_bytes")
         vocab = llm.facts.vocab_size
         params = SamplingParams(temperature=0, max_tokens=load.answer, ignore_eos=True)
         llm.generate([{"prompt_token_ids": p} for p in _prompts(2, load.prompt, vocab)], params)
@@ -180,6 +195,39 @@ def _ours(folder: Path, load: Load, device: torch.device, settings: dict[str, An
             synchronize()
             tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
             put(tokens / (time.perf_counter() - begin), "tokens_per_s", str(count))
+        if not settings and device.type == "cuda":
+            _put_steps(llm, load, put)
+        put(len(late), "compiled_while_serving")
+        if late:
+            raise RuntimeError(f"compiled while requests were served: {late[:5]}")
+
+
+def _put_steps(llm: Any, load: Load, put: Put) -> None:
+    """A decode step as the engine takes it, beside the same step's kernels queued one behind the other."""
+    from servekit import SamplingParams
+
+    rows = load.concurrent[1]
+    prompts = [{"prompt_token_ids": prompt} for prompt in _prompts(rows, 4, llm.facts.vocab_size)]
+    begin = time.perf_counter()
+    llm.generate(prompts, SamplingParams(temperature=0, max_tokens=load.answer, ignore_eos=True))
+    put((time.perf_counter() - begin) / load.answer, "step_s", "engine")
+    put(llm.collective_rpc(kernels_of_a_step, rows)[0], "step_s", "kernels")
+
+
+def kernels_of_a_step(runner: Any, rows: int) -> float:
+    """Seconds on the device, with the rows as they were left; Python is ahead, for it launches three things a step."""
+    from servekit.kernels.sample.triton_backend import sample
+
+    floats = torch.stack((torch.zeros(rows), torch.ones(rows))).to(runner.device)
+    top_k = torch.full((rows,), runner.model.vocab_size, dtype=torch.int32, device=runner.device)
+    seeds = torch.zeros(rows, dtype=torch.int64, device=runner.device)
+
+    @torch.inference_mode()
+    def step() -> None:
+        logits = runner.model.logits(runner.forward.replay_decode(rows))
+        sample(logits, floats[0], top_k, floats[1], floats[0], seeds)
+
+    return Stopwatch(runner.device, is_dry=runner.device.type == "cpu").seconds(step)
 
 
 def _transformers(folder: Path, load: Load, device: torch.device, dtype: torch.dtype, put: Put) -> None:

@@ -31,7 +31,18 @@ def section(report: dict[str, Any]) -> str:
         lines += [f"- ended at {end['case'] or 'its start'}: {end['why']}" for end in figures.get("failures", ())]
         part = PARTS.get(phase)
         lines += [*part(figures), ""] if part and "skipped" not in figures else [""]
+    lines += _targets(report.get("targets", []))
     return "\n".join(lines)
+
+
+def _targets(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = ["### targets", "", "| | measured | target | met |", "|---|--:|--:|---|"]
+    for row in rows:
+        met = "yes" if row["met"] else "no"
+        lines.append(f"| {row['name']} | {row['measured']:.2f} | {row['op']} {row['target']:g} | {met} |")
+    return [*lines, ""]
 
 
 def _tests(figures: dict[str, Any]) -> list[str]:
@@ -71,6 +82,12 @@ def _engine(figures: dict[str, Any]) -> list[str]:
         share = single / figures["single_stream_bound_tokens_per_s"]
         billions = figures["parameters"] / 1e9
         lines += [f"{billions:.2f} B parameters; a single stream reaches {share:.0%} of what the bandwidth allows."]
+    step = figures.get("runs", {}).get("graphs", {}).get("step_s")
+    if step:
+        lines += [f"A decode step takes {step['engine'] * 1e3:.2f} ms, its kernels {step['kernels'] * 1e3:.2f} ms."]
+    late = {name: run.get("compiled_while_serving") for name, run in figures.get("runs", {}).items()}
+    told = ", ".join(f"{name} {count}" for name, count in late.items() if count is not None)
+    lines += [f"Kernels compiled while requests were served: {told}."] if told else []
     lines += ["Tokens a second by concurrent requests:", "", "| | " + " | ".join(map(str, counts)) + " |"]
     lines.append("|---|" + "--:|" * len(counts))
     for name, run in runs.items():

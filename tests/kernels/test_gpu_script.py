@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from tests.gpu.work import PROOFS, TIMED
+from tests.gpu.work import PROOFS, TEST_FOLDERS, TIMED
 
 from common_platform.kernels import is_interpreted
 
@@ -53,6 +53,12 @@ def test_without_a_gpu_it_says_so_and_records_that_nothing_ran(tmp_path):
     assert "no GPU here" in done.stdout
     assert json.loads(out.read_text())["ran"] is False
     assert json.loads(out.read_text())["phases"] == {}
+
+
+def test_every_test_of_a_kernel_runs_where_there_is_no_hypothesis():
+    texts = {path.name: path.read_text() for folder in TEST_FOLDERS for path in (ROOT / folder).glob("test_*.py")}
+    needing = [name for name, text in texts.items() if re.search(r"^(from|import) hypothesis", text, re.MULTILINE)]
+    assert [name for name in needing if "tests.kernels.backends" in texts[name]] == []
 
 
 NEEDS = ("torch", "triton", "transformers", "safetensors", "numpy", "pytest")

@@ -14,6 +14,7 @@ import pytest
 from tests.gpu import __main__ as script
 from tests.gpu.progress import Progress, read
 from tests.gpu.stages import AGAIN, BROKEN, Stage, run_stage
+from tests.gpu.targets import targets
 from tests.gpu.work import TIMED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -204,3 +205,49 @@ def test_the_report_on_the_disk_has_every_stage_that_is_over(tmp_path, monkeypat
     tired = script.Run(tmp_path, argparse.Namespace(**vars(arguments) | {"budget_s": 0.0}))
     tired.time()
     assert {phase["skipped"] for phase in json.loads(out.read_text())["phases"].values()} == {"no time left"}
+
+
+PHASES = {
+    "kernels": {
+        "kernels": {
+            "decode attention, 64 rows x 4096": {"us": 9.0, "share": 0.9, "target": 0.85, "bound": "bandwidth"},
+            "linear int8, 16 tokens": {"us": 9.0, "share": 0.5, "target": 0.75, "bound": "bandwidth"},
+            "linear int8, 4096 tokens": {"us": 9.0, "share": 0.5, "target": 0.5, "bound": "tensor cores"},
+            "experts bf16, 64 tokens": {"us": 10.0, "share": 0.5, "target": 0.6, "bound": "bandwidth"},
+            "experts bf16 by a loop of torch, 64 tokens (to compare)": {"us": 30.0, "share": 0.1, "target": 0.0},
+            "experts int4, 64 tokens": {"error": "no"},
+        }
+    },
+    "engine-8b": {
+        "single_stream_bound_tokens_per_s": 200.0,
+        "runs": {
+            "graphs": {"tokens_per_s": {"1": 170.0, "256": 9000.0}, "step_s": {"engine": 0.012, "kernels": 0.010}},
+            "transformers": {"tokens_per_s": {"1": 30.0, "16": 400.0}},
+        },
+    },
+    "training": {
+        "precisions": {
+            "32-true": {"step_s": 2.0, "peak_bytes": 100},
+            "bf16-mixed": {"step_s": 1.0, "peak_bytes": 70},
+        }
+    },
+}
+
+
+def test_targets_are_held_against_the_figures_that_are_there():
+    rows = {row["name"]: (row["measured"], row["met"]) for row in targets(PHASES)}
+    assert rows == {
+        "decode attention, 64 rows x 4096: share of bandwidth": (0.9, True),
+        "linear int8, 16 tokens: share of bandwidth": (0.5, False),
+        "experts bf16, 64 tokens: times as fast as a loop of torch": (3.0, True),
+        "engine-8b: a decode step over its kernels": (pytest.approx(1.2), False),
+        "engine-8b: a single stream over the bandwidth's bound": (0.85, True),
+        "engine-8b: 256 concurrent requests over Transformers' batch of 16": (22.5, True),
+        "training in bf16-mixed: times as fast as float32": (2.0, True),
+        "training in bf16-mixed: memory saved": (pytest.approx(0.3), False),
+    }
+
+
+@pytest.mark.parametrize("phases", [{}, {"engine-8b": {"ok": False, "skipped": "no time left"}}, {"kernels": {}}])
+def test_stages_without_figures_have_no_targets(phases):
+    assert targets(phases) == []

@@ -28,7 +28,8 @@ from common_platform.artifact import ArtifactWriter, Probe, open_model_folder
 from servekit import LLM, SamplingParams
 from servekit.cli import _run
 from servekit.engine.tokenizer import Tokenizer
-from servekit.execution.executor import ExecutorConfig, InProcessExecutor
+from servekit.execution.choices import ExecutorConfig
+from servekit.execution.executor import InProcessExecutor
 
 VOCABULARY, HIDDEN = 32, 16
 CONFIG: dict[str, Any] = {

@@ -14,7 +14,8 @@ from tests.tiny import make_folder
 from common_platform.embedded import smollm2
 from common_platform.errors import ConfigError
 from servekit import LLM, SamplingParams
-from servekit.execution.executor import ExecutorConfig, InProcessExecutor
+from servekit.execution.choices import ExecutorConfig
+from servekit.execution.executor import InProcessExecutor
 from servekit.kernels.native import native_library
 from servekit.models.llama import Llama
 from servekit.models.native_llama import NativeLlama
@@ -164,7 +165,8 @@ def test_without_the_library_the_reference_kernels_run(tiny, tmp_path):
 from pathlib import Path
 from servekit.kernels.native import library
 library.PATH = Path({str(tmp_path / "nothing.so")!r})
-from servekit.execution.executor import ExecutorConfig, InProcessExecutor
+from servekit.execution.choices import ExecutorConfig
+from servekit.execution.executor import InProcessExecutor
 print(type(InProcessExecutor({str(tiny)!r}, ExecutorConfig()).model).__name__)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)

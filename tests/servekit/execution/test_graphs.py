@@ -98,7 +98,7 @@ def plans(num_groups):
 def test_replays_sample_what_the_steps_themselves_would(path):
     recorder = OpsRecorder()
     graphed, plain = make_runner(path, recorder), make_runner(path, None)
-    forward = graphed._forward
+    forward = graphed.forward
     assert isinstance(forward, GraphedForward)
     groups = len(graphed.model.kv_groups)
     layers = len(graphed.model.attentions)
@@ -116,4 +116,4 @@ def test_a_step_larger_than_every_bucket_runs_as_it_is(path):
     ids = list(np.arange(60) % 250 + 3)  # the largest size recorded is 32
     start = RowStart(0, "r", ids, 60, 0, [[1, 2, 3, 4]] * len(graphed.model.kv_groups), GREEDY, [])
     assert len(graphed.execute(StepPlan(0, [0], [60], [True], starts=[start])).sampled) == 1
-    assert graphed._forward.num_eager == 1
+    assert graphed.forward.num_eager == 1

@@ -8,12 +8,8 @@ from tests.kernels.backends import DEVICE, backends, cases, multiplies_float8
 
 from common_platform.errors import ConfigError
 from common_platform.kernels import is_interpreted
-from servekit.kernels.fused_moe import reference
 from servekit.kernels.fused_moe.experts import quantize_experts
-from servekit.kernels.fused_moe.native_experts import NativeExperts
 from servekit.kernels.fused_moe.shared import join, route_to_shared
-from servekit.kernels.native import Format, native_library
-from servekit.kernels.native.library import Pool
 from servekit.kernels.quantize.reference import quantize
 
 MOE = backends("servekit.kernels.fused_moe", "fused_moe", of=("reference", "sorted"))
@@ -191,22 +187,3 @@ def test_int4_and_float8_take_a_quarter_and_half_of_the_memory_of_bfloat16():
     assert dense / size(quantize_experts(whole, "fp8", parts=2)) > 1.99
     assert dense / size(quantize_experts(whole, "int8")) > 1.98
     assert dense / size(quantize_experts(whole, "int4", group=128)) > 3.85
-
-
-needs_native = pytest.mark.skipif(native_library() is None, reason="the C++ kernels were not built")
-
-
-@needs_native
-@pytest.mark.parametrize(
-    ("format", "tolerance"), [(Format.F32, 2e-5), (Format.BF16, 3e-2), (Format.I8, 5e-2), (Format.I4, 0.4)]
-)
-@pytest.mark.parametrize("shape", [*SHAPES, (300, 2, 3, 64, 40)], ids=str)
-def test_experts_of_the_cpu_kernels_are_the_references(format, tolerance, shape):
-    """Also where an expert has more rows than are computed at a time, and where some are another rank's."""
-    library = native_library()
-    x, experts, weights, gate_up, down = make_inputs(*shape, torch.float32, "dense")
-    experts = torch.where(experts == 1, -1, experts)
-    pool = Pool(library, 1)
-    found = NativeExperts(library, pool, gate_up.values, down.values, format)(x, experts, weights, x)
-    wanted = reference.fused_moe(x, experts, weights, gate_up, down, x)
-    assert float((found - wanted).norm() / (wanted - x).norm().clamp(min=1e-6)) < tolerance

@@ -12,7 +12,7 @@ from tests.servekit.kernels.test_engine_on_triton import PROMPTS, run, write_mod
 
 from common_platform.kernels import runs_triton
 from servekit import SamplingParams
-from servekit.execution import executor
+from servekit.execution import choices
 from servekit.execution.sampler import Sampler
 from servekit.kernels.logits import reference as edits
 from servekit.kernels.sample import reference as sampling
@@ -82,7 +82,7 @@ def test_the_engine_samples_by_the_kernels_of_triton(tmp_path, monkeypatch):
     found = run(path, PROMPTS, params)
     assert calls == {"penalise", "mask", "add_bias", "sample"}
     plain = dataclasses.replace(kernels_of("cuda"), sample=sampling.sample, logits=REFERENCE)
-    monkeypatch.setattr(executor, "kernels_of", lambda platform: plain)
+    monkeypatch.setattr(choices, "kernels_of", lambda platform: plain)
     calls.clear()
     assert run(path, PROMPTS, params) == found
     assert not calls

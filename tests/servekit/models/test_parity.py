@@ -14,7 +14,8 @@ from common_platform.artifact import open_model_folder
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.request import Request
 from servekit.core.scheduler import Scheduler
-from servekit.execution.executor import ExecutorConfig, InProcessExecutor
+from servekit.execution.choices import ExecutorConfig
+from servekit.execution.executor import InProcessExecutor
 from servekit.kernels.native import Format, Pool, native_library
 from servekit.layers.weights import Weights
 from servekit.models.llama import Llama

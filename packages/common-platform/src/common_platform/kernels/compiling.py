@@ -45,7 +45,7 @@ def compile_for(specialization: Specialization, target_name: str) -> Compiled:
     if target.backend != "cuda":
         stages, warps = specialization.amd_stages, specialization.amd_warps or warps
     built = triton.compile(
-        _source(specialization),
+        _source(specialization, target.float8),
         target=GPUTarget(target.backend, target.arch, target.warp_size),
         options={"num_warps": warps, "num_stages": stages},
     )
@@ -58,7 +58,7 @@ def compile_for(specialization: Specialization, target_name: str) -> Compiled:
     return Compiled(registers=registers, spills=spills, shared=int(built.metadata.shared), binary=binary)
 
 
-def _source(specialization: Specialization) -> Any:
+def _source(specialization: Specialization, float8: str) -> Any:
     kernel = specialization.kernel
     signature: dict[str, str] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -69,7 +69,7 @@ def _source(specialization: Specialization) -> Any:
         if name not in specialization.signature:
             raise ConfigError(f"{specialization.title}: {name}", "missing", "in signature or in constants")
         kind, _, multiple = specialization.signature[name].partition(":")
-        signature[name] = kind
+        signature[name] = kind.replace("fp8e4nv", float8)
         if multiple == "16" or kind.startswith("*"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     unknown = set(specialization.signature) | set(specialization.constants)

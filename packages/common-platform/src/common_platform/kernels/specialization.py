@@ -17,6 +17,7 @@ class Target:
     warp_size: int  # threads
     shared_limit: int  # bytes of shared memory that one block of threads may have
     supports: frozenset[str] = frozenset()  # the fp8 types of triton that it computes with
+    float8: str = "fp8e4nv"  # the one of four exponent bits that it multiplies
 
 
 TARGETS = {
@@ -28,7 +29,12 @@ TARGETS = {
         backend="cuda", arch=100, warp_size=32, shared_limit=227 * KIB, supports=frozenset({"fp8e5", "fp8e4nv"})
     ),
     "gfx942": Target(
-        backend="hip", arch="gfx942", warp_size=64, shared_limit=64 * KIB, supports=frozenset({"fp8e4b8", "fp8e4nv"})
+        backend="hip",
+        arch="gfx942",
+        warp_size=64,
+        shared_limit=64 * KIB,
+        supports=frozenset({"fp8e4b8", "fp8e4nv"}),
+        float8="fp8e4b8",
     ),
     "gfx950": Target(
         backend="hip", arch="gfx950", warp_size=64, shared_limit=160 * KIB, supports=frozenset({"fp8e5", "fp8e4nv"})
@@ -42,7 +48,8 @@ class Specialization:
     """What a launcher passes to a kernel.
 
     ``kernel``: the ``triton.jit`` function. ``signature``: its arguments that are not constants, as triton writes
-    types: ``*bf16`` a pointer (16-byte aligned), ``i32``, ``fp32``; ``i32:16`` is a multiple of 16. ``constants``: its
+    types: ``*bf16`` a pointer (16-byte aligned), ``i32``, ``fp32``; ``i32:16`` is a multiple of 16, and ``*fp8e4nv``
+    stands for the float8 of each target. ``constants``: its
     ``tl.constexpr`` arguments, all of them. An argument that is None in the launch is a constant None. ``targets``: of
     ``TARGETS``. ``amd_stages``: ``num_stages`` for AMD's targets, whose shared memory is smaller;
     ``amd_warps``: ``num_warps`` for them where it is another, for a warp of theirs has 64 threads.

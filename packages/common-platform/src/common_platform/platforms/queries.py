@@ -13,6 +13,7 @@ from common_platform.platforms.platform import DeviceFacts, Platform
 
 FLOATS = ("float32", "float16")
 X86_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
+AMD_FLOAT8 = ("gfx94", "gfx95", "gfx12")
 ARM_FLAGS = ("asimd", "asimddp", "bf16", "i8mm", "sve")
 
 
@@ -31,7 +32,7 @@ def _cuda_like(name: str) -> Platform | None:
         return None
     devices = tuple(_cuda_device(index) for index in range(torch.cuda.device_count()))
     low_precision: tuple[str, ...] = ("bfloat16",) if torch.cuda.is_bf16_supported() else ()
-    if torch.cuda.get_device_capability(0) >= (8, 9):
+    if _multiplies_float8(name, devices[0].capability):
         low_precision += ("float8_e4m3fn",)
     return Platform(
         name=name,
@@ -42,6 +43,13 @@ def _cuda_like(name: str) -> Platform | None:
         graph_capture=True,
         num_threads=torch.get_num_threads(),
     )
+
+
+def _multiplies_float8(name: str, capability: str) -> bool:
+    """Ada and Hopper do, and what came after; of AMD's MI300 (in its own form), MI350 and RDNA 4."""
+    if name == "rocm":
+        return capability.startswith(AMD_FLOAT8)
+    return tuple(map(int, capability.split("."))) >= (8, 9)
 
 
 def _cuda_device(index: int) -> DeviceFacts:

@@ -21,14 +21,10 @@ from servekit.core.stats import SchedulerStats
 from servekit.engine.config import GIB, EngineConfig
 from servekit.engine.grammars import Grammars
 from servekit.engine.validate import EngineRequest
+from servekit.execution.choices import ExecutorConfig
 from servekit.execution.device_memory import DEFAULT_UTILIZATION
-from servekit.execution.executor import (
-    ExecutorConfig,
-    InProcessExecutor,
-    available_memory,
-    resident_memory,
-    total_memory,
-)
+from servekit.execution.executor import InProcessExecutor
+from servekit.execution.host_memory import available_memory, resident_memory, total_memory
 from servekit.kernels.choice import GPU
 from servekit.sampling.parameters import SamplingParams
 

@@ -44,6 +44,7 @@ class DraftModelProposer:
         self.model = model
         self._num_tokens = num_tokens
         self.attentions = model.attentions
+        self.models = [model]
 
     def bind(self, cache: CacheConfig, max_num_seqs: int, dtype: torch.dtype, device: torch.device) -> None:
         """Allocate the cache: the target's blocks, and scratch blocks behind them."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,65 +13,25 @@ import torch
 
 from common_platform.artifact import ModelFolder, open_model_folder
 from common_platform.errors import ArtifactConfigError, ConfigError
-from common_platform.kernels import runs_triton
-from common_platform.platforms import Platform, detect
+from common_platform.kernels import is_interpreted
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import KVGroup, ModelFacts
 from servekit.core.plan import StepPlan, StepResult
 from servekit.execution import logits_processors
+from servekit.execution.choices import FORMATS, Choices, ExecutorConfig
+from servekit.execution.current_device import make_current, on
 from servekit.execution.device_memory import DeviceMemory, MemoryProfile, TorchMemory, profile_memory
 from servekit.execution.draft_model import DraftModelProposer
 from servekit.execution.graphs import CudaRecorder, Recorder
 from servekit.execution.model_runner import GrammarOf, ModelRunner, largest_step, score
 from servekit.execution.proposer import NgramProposer, Proposer
-from servekit.execution.speculative import SpeculativeConfig
-from servekit.kernels.choice import GPU
 from servekit.kernels.native import Format, Pool, native_library
-from servekit.layers.kernels import Kernels, deterministic_kernels, kernels_of, rounded_kernels
 from servekit.layers.parallel import SingleRank
 from servekit.layers.weights import Weights
 from servekit.models.registry import CausalModel, architecture_of, model_class, native_class
 
-KERNELS = ("auto", "native", "reference", "triton")
-FORMATS = {"int8": "I8", "int4": "I4"}  # what --quantization makes of weights on a CPU
-QUANTIZATIONS = (*FORMATS, "fp8")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KV_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 PROBE_BLOCK = 16
 SHORT_STEP_S = 5e-4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExecutorConfig:
-    """How a model is loaded and run."""
-
-    dtype: str = "auto"  # auto: float32 on CPU, the checkpoint's own elsewhere
-    device: str = "auto"  # auto: a GPU where there is one that kernels are for, else cpu
-    num_threads: int = 0  # of the matrix products; 0: torch's choice
-    max_model_len: int = 0  # 0: what the model was made for
-    speculative: SpeculativeConfig | None = None
-    offload_folder: str | None = None
-    logits_processors: tuple[str, ...] = ()  # classes that see every request, module:Class
-    allow_nonfinite: bool = False  # weights of an artifact may be no finite numbers
-    deterministic: bool = False  # the same bits whatever else is computed; in float32
-    kernels: str = "auto"  # auto | native | reference | triton
-    enforce_eager: bool = False  # no recorded graphs
-    kv_cache_dtype: str = "auto"  # auto: dtype | fp8 | int8, with a scale for each head of each token
-    quantization: str | None = None  # int8 | int4 | fp8, of the weights; activations are of 8 bits where it is faster
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("auto", *DTYPES):
-            raise ConfigError("dtype", self.dtype, f"one of auto, {', '.join(DTYPES)}", flag="--dtype")
-        if self.kernels not in KERNELS:
-            raise ConfigError("kernels", self.kernels, f"one of {', '.join(KERNELS)}", flag="--kernels")
-        if self.quantization not in (None, *QUANTIZATIONS):
-            limit = f"one of {', '.join(QUANTIZATIONS)}"
-            raise ConfigError("quantization", self.quantization, limit, flag="--quantization")
-        if self.kv_cache_dtype not in ("auto", *KV_DTYPES):
-            limit = f"one of auto, {', '.join(KV_DTYPES)}"
-            raise ConfigError("kv_cache_dtype", self.kv_cache_dtype, limit, flag="--kv-cache-dtype")
-        if self.num_threads < 0:
-            raise ConfigError("num_threads", self.num_threads, "0 or more", flag="--num-threads")
 
 
 class InProcessExecutor:
@@ -91,13 +49,10 @@ class InProcessExecutor:
             torch.set_num_threads(config.num_threads)
         self.folder = open_model_folder(model)
         self._folders = [self.folder]
-        self.platform = platform_of(config.device)
-        self.device = torch.device(self.platform.device_type if config.device == "auto" else config.device)
         self._config = config
-        self.kernels = self._kernels()
-        self.dtype = self._dtype(config, self.folder)
-        self.kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, self.dtype)
-        self._check()
+        self._choices = choices = Choices(config, self.folder)
+        self.platform, self.device, self.kernels = choices.platform, choices.device, choices.kernels
+        self.dtype, self.kv_dtype = choices.dtype, choices.kv_dtype
         architecture = architecture_of(self.folder)
         made_for = self.folder.config_int("max_position_embeddings", high=1 << 26)
         if config.max_model_len > made_for:
@@ -118,48 +73,16 @@ class InProcessExecutor:
         self._processors = logits_processors.for_all(config.logits_processors)
         self._proposer = self._make_proposer()
         self._runner: ModelRunner | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="servekit-executor")
+        self._thread = self._one_thread("servekit-executor")
         self._collector: ThreadPoolExecutor | None = None  # waits for the device while the next step is launched
         if self.kernels.sample is not None:
-            self._collector = ThreadPoolExecutor(1, thread_name_prefix="servekit-results")
+            self._collector = self._one_thread("servekit-results")
         self._last: Future[Any] = self._thread.submit(lambda: None)
         self._last_s = SHORT_STEP_S  # that the last step took
 
-    def _dtype(self, config: ExecutorConfig, folder: ModelFolder) -> torch.dtype:
-        """On a CPU without our kernels bfloat16 can be very slow: it is used where it was asked for."""
-        if config.dtype != "auto":
-            return DTYPES[config.dtype]
-        stored = DTYPES.get(str(folder.config.get("dtype") or folder.config.get("torch_dtype")), torch.bfloat16)
-        if self.device.type != "cpu":
-            return stored
-        is_native = not config.deterministic and self._native_reason(folder) is None
-        return stored if is_native and stored != torch.float16 else torch.float32
-
-    def _kernels(self) -> Kernels:
-        """What the layers call, by the platform's facts.
-
-        Raises:
-            ConfigError: Triton's are asked for, and cannot run here.
-        """
-        if self._config.deterministic:
-            return deterministic_kernels()
-        wanted, reason = self._config.kernels, runs_triton(self.device)
-        if wanted == "triton":
-            if reason is not None:
-                raise ConfigError("kernels", wanted, f"auto or reference here: {reason}", flag="--kernels")
-            return self._triton_kernels(self.platform.name if self.platform.name in GPU else GPU[0])
-        if wanted == "reference" or reason is not None or self.platform.name not in GPU:
-            return Kernels()
-        return self._triton_kernels(self.platform.name)
-
-    def _triton_kernels(self, platform: str) -> Kernels:
-        kernels, wanted = kernels_of(platform), self._config.quantization
-        if wanted is None:
-            return kernels
-        if wanted == "fp8" and self.platform.name in GPU and "float8_e4m3fn" not in self.platform.dtypes:
-            limit = f"int8 or int4 here: {self.platform.devices[0].name} does not compute with float8"
-            raise ConfigError("quantization", wanted, limit, flag="--quantization")
-        return rounded_kernels(kernels, wanted, platform, float8_of(self.platform))
+    def _one_thread(self, name: str) -> ThreadPoolExecutor:
+        """Its kernels go to the executor's device."""
+        return ThreadPoolExecutor(1, name, initializer=make_current, initargs=(self.device,))
 
     def _recorder(self) -> Recorder | None:
         """Records steps where the platform can, and where attention reads block tables, which stay in their place."""
@@ -179,41 +102,6 @@ class InProcessExecutor:
             memory or TorchMemory(self.device), lambda: self._thread.submit(step).result(), utilization
         )
 
-    def _native_reason(self, folder: ModelFolder) -> str | None:
-        """Why the CPU kernels cannot run this model; None where they can."""
-        if self._config.kernels in ("reference", "triton"):
-            return f"kernels is {self._config.kernels}"
-        if self.device.type != "cpu":
-            return f"the device is {self.device.type}"
-        if native_library() is None:
-            return "they were not built"
-        return native_class(architecture_of(folder)).reason_against(folder)
-
-    def _check(self) -> None:
-        config, name = self._config, str(self.dtype).removeprefix("torch.")
-        if config.deterministic and self.dtype != torch.float32:
-            raise ConfigError("dtype", name, "float32, which deterministic needs", flag="--dtype")
-        reason = "deterministic has its own" if config.deterministic else self._native_reason(self.folder)
-        if self.dtype == torch.float16:
-            reason = reason or "the dtype is float16"
-        if reason and config.kernels == "native":
-            raise ConfigError("kernels", "native", f"reference here: {reason}", flag="--kernels")
-        if config.quantization and self.kernels.few_bits is None and (reason or config.quantization not in FORMATS):
-            limit = f"none here, for it needs the kernels of a GPU or the native ones of a CPU: {reason}"
-            if not reason:
-                limit = f"{' or '.join(FORMATS)} on a CPU"
-            raise ConfigError("quantization", config.quantization, limit, flag="--quantization")
-        self._is_native = reason is None
-        self._check_kv_dtype(reason)
-
-    def _check_kv_dtype(self, reason: str | None) -> None:
-        """Keys and values of 8 bits: of int8 by the native CPU kernels, unless there is a ``reason`` against them."""
-        wanted = self._config.kv_cache_dtype
-        if wanted == "auto" or self.kernels.rope_kv_write is not None or (wanted == "int8" and reason is None):
-            return
-        limit = "auto or int8 here: fp8 is for a GPU" if reason is None else f"auto here: {reason}"
-        raise ConfigError("kv_cache_dtype", wanted, limit, flag="--kv-cache-dtype")
-
     def _load(self, folder: ModelFolder, max_positions: int) -> tuple[CausalModel, int]:
         """The model and how many parameters it has."""
         weights = Weights(
@@ -224,8 +112,9 @@ class InProcessExecutor:
             self.kernels,
             allow_nonfinite=self._config.allow_nonfinite,
         )
-        library = native_library() if self._is_native and self._native_reason(folder) is None else None
-        with torch.inference_mode():
+        choices = self._choices
+        library = native_library() if choices.is_native and choices.native_reason(folder) is None else None
+        with torch.inference_mode(), on(self.device):
             if library is None:
                 return model_class(architecture_of(folder))(weights, max_positions), weights.num_parameters
             plain = Format.F32 if self.dtype == torch.float32 else Format.BF16
@@ -242,8 +131,8 @@ class InProcessExecutor:
             return NgramProposer(speculative)
         folder = open_model_folder(speculative.model)
         self._folders.append(folder)
-        if self._is_native:  # it keeps its keys and values as the target does
-            self._check_kv_dtype(self._native_reason(folder))
+        if self._choices.is_native:  # it keeps its keys and values as the target does
+            self._choices.check_kv_dtype(self._choices.native_reason(folder))
         positions = self.model_facts.max_model_len
         made_for = folder.config_int("max_position_embeddings", high=1 << 26)
         if made_for < positions:
@@ -277,21 +166,24 @@ class InProcessExecutor:
         Args:
             grammar_of: makes the state of a structured output; None where no request asks for one.
         """
-        if self._proposer:
-            self._proposer.bind(cache, scheduler.max_num_seqs, self.kv_dtype, self.device)
-        self._runner = ModelRunner(
-            self.model,
-            cache,
-            scheduler,
-            self.kv_dtype,
-            self.device,
-            grammar_of,
-            self._proposer,
-            self._config.offload_folder,
-            self.kernels,
-            self._recorder(),
-            self._processors,
-        )
+        with on(self.device):
+            if self._proposer:
+                self._proposer.bind(cache, scheduler.max_num_seqs, self.kv_dtype, self.device)
+            self._runner = ModelRunner(
+                self.model,
+                cache,
+                scheduler,
+                self.kv_dtype,
+                self.device,
+                grammar_of,
+                self._proposer,
+                self._config.offload_folder,
+                self.kernels,
+                self._recorder(),
+                self._processors,
+            )
+            if self.kernels.sample is not None and not is_interpreted():
+                self._runner.warm_up()
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         """Carry ``plan`` out after those submitted before: in a thread of its own, unless steps are short."""
@@ -352,22 +244,6 @@ class InProcessExecutor:
             folder.close()
 
 
-def platform_of(device: str) -> Platform:
-    """The platform of a device by its name; of ``auto`` the best one that kernels are for, else the CPU's."""
-    if device == "auto":
-        found = detect()
-        return found if found.name in GPU else detect("cpu")
-    kind = torch.device(device).type
-    names = {"cuda": "rocm" if torch.version.hip else "cuda"}
-    return detect(names.get(kind, kind))
-
-
-def float8_of(platform: Platform) -> torch.dtype:
-    """The form of float8 that a platform multiplies: MI300 has another one."""
-    is_fnuz = platform.devices[0].capability.startswith("gfx94")
-    return torch.float8_e4m3fnuz if is_fnuz else torch.float8_e4m3fn
-
-
 def _eos(folder: ModelFolder, vocab_size: int) -> list[int]:
     """The end-of-text tokens, by generation_config.json or else config.json."""
     found = folder.generation_config.get("eos_token_id", folder.config.get("eos_token_id"))
@@ -376,23 +252,3 @@ def _eos(folder: ModelFolder, vocab_size: int) -> list[int]:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise ArtifactConfigError("config.json eos_token_id", token, f"token ids 0..{vocab_size - 1}")
     return ids
-
-
-def total_memory() -> int:
-    """Bytes of the machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def resident_memory() -> int:
-    """Bytes that this process has in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def available_memory() -> int:
-    """Bytes of memory that a cache may take without pushing others out."""
-    try:
-        with open("/proc/meminfo") as lines:  # noqa: PTH123 - a kernel file
-            facts = dict(line.split(":", 1) for line in lines)
-        return int(facts["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return total_memory() // 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -93,12 +94,35 @@ def bucket_of(wanted: int, sizes: Sequence[int]) -> int | None:
     return next((size for size in sizes if size >= wanted), None)
 
 
+class Between:
+    """What attention reads and leaves between two pieces: one tensor each for all layers and sizes.
+
+    Without it every layer of every size would keep its queries and its result: more memory than all else recorded.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
+
+    def keep(self, role: str, value: Tensor) -> Tensor:
+        """``value`` in the place of its ``role``, where the next layer's value takes its place."""
+        key = role, value.shape[1:], value.dtype
+        held = self._held.get(key)
+        if held is None or len(held) < len(value):
+            held = self._held[key] = torch.empty_like(value, memory_format=torch.contiguous_format)
+        return held[: len(value)].copy_(value)
+
+    def attend(self, attend: Callable[[Tensor], Tensor], query: Tensor) -> Tensor:
+        """By the same places as when it is recorded; the largest size comes first, so that later ones fit."""
+        return self.keep("result", attend(self.keep("query", query)))
+
+
 class Pieces:
     """A forward pass in parts: recordings, and between them what is launched anew each time."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, between: Between) -> None:
         self._recorder = recorder
-        self._parts: list[Callable[[], None]] = []
+        self._between = between
+        self._parts: list[Callable[[], object]] = []
 
     def record(self, forward: Callable[[], Tensor]) -> Tensor:
         """Run ``forward`` once, whose attentions call ``apart``; its result is where each replay leaves its own."""
@@ -107,15 +131,16 @@ class Pieces:
         self._parts.append(self._recorder.end().replay)
         return out
 
-    def apart(self, attend: Callable[[], Tensor]) -> Tensor:
+    def apart(self, attend: Callable[[Tensor], Tensor], query: Tensor) -> Tensor:
         """End a piece, attend, and begin the next piece; what comes back is overwritten by each replay."""
+        kept = self._between.keep("query", query)
         self._parts.append(self._recorder.end().replay)
-        out = attend()
 
-        def again() -> None:
-            out.copy_(attend())
+        def again() -> Tensor:
+            return self._between.keep("result", attend(kept))
 
         self._parts.append(again)
+        out = again()
         self._recorder.begin()
         return out
 
@@ -132,6 +157,45 @@ class Bucket:
     step: StepInputs
     replay: Callable[[], None] = field(default=lambda: None)
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(slots=True)
+class GroupPlaces:
+    """A KV group's tensors that recorded kernels read: block tables ``[rows, blocks]``, contexts, places of tokens."""
+
+    tables: Tensor
+    contexts: Tensor
+    write_places: Tensor
+    window: int
+
+
+@dataclass(slots=True)
+class Places:
+    """All tensors that recorded kernels read, as long as the largest size asks for."""
+
+    token_ids: Tensor
+    positions: Tensor
+    firsts: Tensor
+    groups: list[GroupPlaces]
+
+
+def places_of(sizes: GraphSizes, groups: Sequence[KVGroup], max_blocks: int, device: torch.device) -> Places:
+    rows, tokens = max((1, *sizes.decode)), max((1, *sizes.decode, *sizes.piecewise))
+    zeros, whole, short = partial(torch.zeros, device=device), torch.int64, torch.int32
+    return Places(
+        zeros(tokens, dtype=whole),
+        zeros(tokens, dtype=whole),
+        torch.arange(rows + 1, dtype=short, device=device),
+        [
+            GroupPlaces(
+                zeros((rows, max_blocks), dtype=short),
+                torch.ones(rows, dtype=short, device=device),
+                zeros(tokens, dtype=whole),
+                group.window,
+            )
+            for group in groups
+        ],
+    )
 
 
 class GraphedForward:
@@ -157,10 +221,11 @@ class GraphedForward:
         self._forward = forward
         self._recorder = recorder
         self.sizes = sizes
-        self._groups = groups
         self._max_model_len = max_model_len
         self._block_size = block_size
         self._device = device
+        self._shared = places_of(sizes, groups, -(-max_model_len // block_size), device)
+        self._between = Between()
         self._decodes: dict[int, Bucket] = {}
         self._piecewise: dict[int, Bucket] = {}
         self.num_replays = 0
@@ -193,6 +258,12 @@ class GraphedForward:
         bucket.replay()
         return bucket.hidden[:tokens]
 
+    def replay_decode(self, num_rows: int) -> Tensor:
+        """A step of ``num_rows`` rows as they were left, for whoever measures what its kernels take."""
+        bucket = self._decodes[next(size for size in sorted(self._decodes) if size >= num_rows)]
+        bucket.replay()
+        return bucket.hidden[:num_rows]
+
     def _record_decode(self, size: int) -> Bucket:
         bucket = self._bucket(size, rows=size)
         self._warm_up(bucket.step)
@@ -203,8 +274,9 @@ class GraphedForward:
 
     def _record_piecewise(self, size: int) -> Bucket:
         bucket = self._bucket(size, rows=1)
+        bucket.step.apart = self._between.attend
         self._warm_up(bucket.step)
-        pieces = Pieces(self._recorder)
+        pieces = Pieces(self._recorder, self._between)
         bucket.step.apart = pieces.apart
         bucket.hidden = pieces.record(lambda: self._forward(bucket.step))
         bucket.replay = pieces.replay
@@ -215,31 +287,28 @@ class GraphedForward:
             self._forward(step)
 
     def _bucket(self, size: int, *, rows: int) -> Bucket:
-        """Tensors for ``size`` tokens of ``rows`` rows, which all look at the null block."""
-        device = self._device
-        counts = np.full(rows, size // rows)
-        step = StepInputs(
-            torch.zeros(size, dtype=torch.int64, device=device),
-            torch.zeros(size, dtype=torch.int64, device=device),
-            [],
-            self._block_size,
-        )
-        max_blocks = -(-self._max_model_len // self._block_size)
+        """Tensors for ``size`` tokens of ``rows`` rows, which all look at the null block.
+
+        They are the first places of those of the largest size: no two sizes are replayed side by side.
+        """
+        count = size // rows
+        shared = self._shared
+        step = StepInputs(shared.token_ids[:size], shared.positions[:size], [], self._block_size)
         step.attention = [
             AttentionMetadata(
                 self._block_size,
-                torch.zeros(size, dtype=torch.int64, device=device),
+                group.write_places[:size],
                 paged=PagedRows(
-                    torch.zeros((rows, max_blocks), dtype=torch.int32, device=device),
-                    torch.full((rows,), size // rows, dtype=torch.int32, device=device),
-                    torch.arange(0, size + 1, size // rows, dtype=torch.int32, device=device),
-                    counts,
-                    size // rows,
+                    group.tables[:rows],
+                    group.contexts[:rows] if rows == size else torch.full_like(group.contexts[:1], size),
+                    shared.firsts[: rows + 1] if rows == size else shared.firsts[:2] * size,
+                    np.full(rows, count),
+                    count,
                     self._max_model_len,
                     group.window,
                 ),
             )
-            for group in self._groups
+            for group in shared.groups
         ]
         return Bucket(size, step)
 

@@ -47,7 +47,7 @@ class InputBatch:
         device: torch.device,
         build: MetadataBuilder = build_metadata,
     ) -> None:
-        self._build = build
+        self.build = build
         self._given: dict[int, tuple[int, torch.Tensor]] = {}  # slot -> first position, [tokens, hidden] from there
         self._newest: torch.Tensor | None = None  # [max_num_seqs] int64, the token sampled last for each slot
         self.block_size = block_size
@@ -143,7 +143,7 @@ class InputBatch:
             ids = torch.where(ids == UNKNOWN, self._newest[slots], ids)
         given = self._given_in(step) if self._given else None
         places = to_device(positions, self.device)
-        return StepInputs(ids, places, rows, self.block_size, build=self._build, given=given)
+        return StepInputs(ids, places, rows, self.block_size, build=self.build, given=given)
 
     def _given_in(self, step: StepArrays) -> GivenRows | None:
         """The given embeddings of the tokens of ``step``."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.plan import RowStart, StepPlan, StepResult, TokenLogprob
+from servekit.execution.device_memory import TorchMemory
 from servekit.execution.graphs import GraphedForward, GraphSizes, Recorder
 from servekit.execution.input_batch import InputBatch, StepArrays
 from servekit.execution.logits_processors import Factory
@@ -21,8 +22,9 @@ from servekit.execution.offload import OffloadStore
 from servekit.execution.pooling import Pool
 from servekit.execution.proposer import Proposer
 from servekit.execution.sampler import Grammar, SampleOutput, Sampler, chosen
+from servekit.execution.warm_up import null_step, step_sizes
 from servekit.kernels.kv_write import copy_blocks
-from servekit.kernels.paged_attention.metadata import StepRows
+from servekit.kernels.paged_attention.metadata import to_device
 from servekit.layers.attention import StepInputs
 from servekit.layers.kernels import Kernels
 from servekit.models.registry import CausalModel, GreedyModel
@@ -115,9 +117,12 @@ class ModelRunner:
         if cache.num_offload_blocks:
             attentions = [*model.attentions, *(proposer.attentions if proposer else [])]
             self._offload = OffloadStore(attentions, cache.num_offload_blocks, offload_folder)
-        self._forward: Callable[[StepInputs], Tensor] = model.forward
+        self._max_model_len = scheduler.max_model_len
+        self._max_tokens = scheduler.max_num_batched_tokens
+        self.graph_bytes = 0  # of the device's memory, that recorded steps hold
+        self.forward: Callable[[StepInputs], Tensor] = model.forward
         if recorder is not None:
-            self._forward = self._recorded(recorder, cache, scheduler)
+            self.forward = self._recorded(recorder, cache, scheduler)
 
     @torch.inference_mode()
     def _recorded(self, recorder: Recorder, cache: CacheConfig, scheduler: SchedulerConfig) -> GraphedForward:
@@ -130,8 +135,21 @@ class ModelRunner:
             block_size=cache.block_size,
             device=self.device,
         )
+        memory = TorchMemory(self.device) if self.device.type == "cuda" else None
+        before = memory.free() if memory else 0
         graphed.record_all()
+        self.graph_bytes = before - memory.free() if memory else 0
         return graphed
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Launch every kernel that a step may launch, so that no request waits until one is compiled."""
+        models = [self.model, *(self._proposer.models if self._proposer else [])]
+        for count, context in step_sizes(self._max_tokens, self._max_model_len):
+            for model in models:
+                step = null_step(model.kv_groups, count, context, self.batch.block_size, self.batch.build, self.device)
+                model.logits(model.forward(step)[-1:])
+        self.sampler.warm_up()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Carry ``plan`` out, in the order that ``servekit.core.plan`` states."""
@@ -145,7 +163,7 @@ class ModelRunner:
             return Launched(StepResult(plan.step, []))
         step = self.batch.arrays(plan)
         inputs = self.batch.inputs(step)
-        hidden = self._forward(inputs)
+        hidden = self.forward(inputs)
         if self._needs_no_look(plan, step):
             return self._draw_unseen(plan, step, hidden)
         return Launched(self._looked_at(plan, step, inputs, hidden))
@@ -213,7 +231,7 @@ class ModelRunner:
 
     def _copy(self, copies: list[tuple[int, int, int]]) -> None:
         for group in {group for group, _, _ in copies}:
-            pairs = torch.tensor([(source, target) for g, source, target in copies if g == group], device=self.device)
+            pairs = to_device(np.asarray([pair for g, *pair in copies if g == group], np.int64), self.device)
             for attention in self.model.attentions:
                 if attention.group == group:
                     for cache in attention.caches:
@@ -258,7 +276,7 @@ class ModelRunner:
     def _at(self, places: NDArray[np.int64], hidden: Tensor) -> Tensor:
         if len(places) == len(hidden):
             return hidden
-        return hidden.index_select(0, torch.from_numpy(places).to(self.device))
+        return hidden.index_select(0, to_device(places, self.device))
 
     def _verify(
         self,
@@ -363,11 +381,7 @@ def largest_step(
     size = 16
     for attention in model.attentions:
         attention.bind(2, size, dtype, device)
-    counts = np.asarray([num_tokens])
-    tables = np.zeros((1, -(-num_tokens // size)), np.int32)  # all of it is in the null block
-    rows = [StepRows(tables, np.asarray([0]), counts, group.window) for group in model.kv_groups]
-    ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
-    hidden = model.forward(StepInputs(ids, ids, rows, size, build=kernels.build_metadata))
+    hidden = model.forward(null_step(model.kv_groups, num_tokens, num_tokens, size, kernels.build_metadata, device))
     picked = hidden[torch.zeros(num_seqs, dtype=torch.int64, device=device)]
     torch.log_softmax(model.logits(picked), dim=-1)
     for attention in model.attentions:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from servekit.kernels.paged_attention.metadata import to_device
 
 SMALLEST = 4  # requests that there is room for from the first on
 
@@ -26,8 +29,7 @@ class PenaltyTable:
         if not self._free:
             self._grow()
         row = self._free.pop()
-        device = self.counts.device
-        prompt, output = (torch.tensor(list(ids), dtype=torch.int64, device=device) for ids in (prompt_ids, output_ids))
+        prompt, output = (to_device(np.asarray(ids, np.int64), self.counts.device) for ids in (prompt_ids, output_ids))
         self.in_prompt[row].zero_().index_fill_(0, prompt, True)
         self.counts[row].zero_().index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
         return row

@@ -19,12 +19,14 @@ from servekit.core.config import CacheConfig
 from servekit.execution.input_batch import InputBatch
 from servekit.execution.speculative import SpeculativeConfig
 from servekit.layers.attention import Attention, StepInputs
+from servekit.models.registry import CausalModel
 
 
 class Proposer(Protocol):
     """Makes drafts; it sees everything that the target computes, in the same order."""
 
     attentions: list[Attention]  # whose keys and values it keeps
+    models: list[CausalModel]  # that it runs
 
     def bind(self, cache: CacheConfig, max_num_seqs: int, dtype: torch.dtype, device: torch.device) -> None:
         """Allocate what it keeps, once the blocks are counted."""
@@ -49,6 +51,7 @@ class NgramProposer:
     def __init__(self, config: SpeculativeConfig) -> None:
         self._config = config
         self.attentions: list[Attention] = []
+        self.models: list[CausalModel] = []
 
     def bind(self, cache: CacheConfig, max_num_seqs: int, dtype: torch.dtype, device: torch.device) -> None:
         """Nothing is kept."""

@@ -232,6 +232,20 @@ class Sampler:
             row.output_ids.append(NO_TOKEN)  # only their number matters to plain rows
         return tokens, highest
 
+    def warm_up(self) -> None:
+        """Call each of the device's kernels once, for a row that wants all of them."""
+        if self._kernel is None:
+            return
+        logits, first = torch.zeros((1, self.vocab_size), device=self.device), self._on_device([0])
+        place = self._penalties.add([], [])
+        ones, seeds = torch.ones(1, device=self.device), first
+        counts, in_prompt = self._penalties.counts, self._penalties.in_prompt
+        self._edit_kernels.penalise(logits, first, self._on_device([place]), counts, in_prompt, ones, ones, ones)
+        self._edit_kernels.mask(logits, first, to_device(every_token(self.vocab_size)[None], self.device))
+        self._edit_kernels.add_bias(logits, first, first, ones)
+        self._kernel(logits, ones, first.to(torch.int32) + 1, ones, ones, seeds)
+        self._penalties.remove(place)
+
     def _by_kernel(self, logits: Tensor, slots: np.ndarray, rows: Sequence[SamplerRow]) -> tuple[Tensor, Tensor]:
         """The tokens and the highest logits; what the kernel does not know is applied to the rows that ask for it."""
         if self._kernel is None:

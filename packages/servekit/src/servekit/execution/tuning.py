@@ -11,7 +11,7 @@ import torch
 from common_platform.artifact import ModelFolder, open_model_folder
 from common_platform.errors import DeviceError
 from common_platform.platforms import Platform
-from servekit.execution.executor import float8_of, platform_of
+from servekit.execution.choices import float8_of, platform_of
 from servekit.kernels.choice import GPU
 from servekit.kernels.spaces import ModelSizes, spaces_of
 from servekit.kernels.tune import WORTH, Found, Space, Timer, device_seconds, entries, tune

@@ -18,7 +18,7 @@ from servekit.kernels.paged_attention.metadata import StepRows, build_metadata
 from servekit.kernels.rotary import apply_rotary
 
 MetadataBuilder = Callable[[np.ndarray, np.ndarray, np.ndarray, int, int, torch.device], AttentionMetadata]
-Apart = Callable[[Callable[[], Tensor]], Tensor]
+Apart = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +160,10 @@ class Attention:
         kernel: Callable[..., Tensor] = self.kernel
         scales = {} if self.kv_scales is None else {"kv_scales": self.kv_scales}
 
-        def attend() -> Tensor:
+        def attend(query: Tensor) -> Tensor:
             return kernel(query, self.cache, step.attention[self.group], self.scale, self.soft_cap, **scales)
 
-        return step.apart(attend) if step.apart else attend()
+        return step.apart(attend, query) if step.apart else attend(query)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from common_platform.kernels import Specialization, Work
 from servekit.kernels.merge_attention.triton_backend import (
     AMD_STAGES,
+    LEAST,
     NUM_STAGES,
     NUM_WARPS,
     log_sum_of,
@@ -26,7 +27,7 @@ from servekit.kernels.merge_attention.triton_backend import (
 KEYS = 64  # of a step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "max_blocks", "prefix", "first_part"])
 def _part(
     query_ptr,
     keys_ptr,
@@ -188,7 +189,7 @@ def _constants(
         "QUERIES": queries,
         "KEYS": KEYS,
         "WIDTH": width,
-        "WIDTH_UP": triton.next_power_of_2(width),
+        "WIDTH_UP": max(triton.next_power_of_2(width), LEAST),
         "SPLITS": splits,
     }
 

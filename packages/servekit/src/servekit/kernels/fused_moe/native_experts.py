@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,7 @@ from servekit.kernels.native import Epilogue, Format, Library, PackedWeight, Pro
 from servekit.kernels.native.library import Pool
 
 CAPACITY = 256  # rows of an expert at a time
+TOGETHER = 1024  # pairs whose rows are gathered and added up at a time: they stay in the cache, and are no new pages
 
 
 class NativeExperts:
@@ -44,19 +48,31 @@ class NativeExperts:
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor, shared: Tensor | None = None) -> Tensor:
         """As ``reference.fused_moe``; sums are float32."""
-        top_k = experts.shape[1]
         pairs, ends = by_expert(experts, self.num_experts)
-        tokens = pairs // top_k
-        rows = x.float().index_select(0, tokens)
-        shares = weights.reshape(-1, 1).index_select(0, pairs)
-        results = torch.empty_like(rows)
-        first = 0
-        for expert, last in enumerate(ends):
-            for begin in range(first, last, CAPACITY):
-                end = min(begin + CAPACITY, last)
-                self._programs[expert].run_rows(rows[begin:end])
-                results[begin:end] = self._out.tensor()[: end - begin]
-            first = last
-        out = torch.zeros(x.shape, dtype=torch.float32)
-        out.index_add_(0, tokens, results.mul_(shares))
+        tokens, shares = pairs // experts.shape[1], weights.reshape(-1, 1).index_select(0, pairs)
+        whole, out = x.float(), torch.zeros(x.shape, dtype=torch.float32)
+        rows, results = torch.empty(2, min(len(pairs), TOGETHER), self.hidden)
+        for first in range(0, len(pairs), TOGETHER):
+            mine = tokens[first : first + TOGETHER]
+            torch.index_select(whole, 0, mine, out=rows[: len(mine)])
+            for expert, begin, end in parts_of(ends, first, first + len(mine)):
+                self._programs[expert].run_rows(rows[begin - first : end - first])
+                results[begin - first : end - first] = self._out.tensor()[: end - begin]
+            out.index_add_(0, mine, results[: len(mine)].mul_(shares[first : first + len(mine)]))
         return (out if shared is None else out.add_(shared)).to(x.dtype)
+
+
+def parts_of(ends: Sequence[int], first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """``(expert, begin, end)`` of the pairs ``first`` to ``last``, at most ``CAPACITY`` of one expert at a time.
+
+    Args:
+        ends: where each expert's pairs end.
+    """
+    expert = bisect_right(ends, first)
+    while first < last:
+        end = min(ends[expert], first + CAPACITY, last)
+        if end > first:
+            yield expert, first, end
+            first = end
+        if first == ends[expert]:
+            expert += 1

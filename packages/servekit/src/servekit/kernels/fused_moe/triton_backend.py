@@ -79,7 +79,7 @@ def _step(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _experts(
     x_ptr,
     x_scales_ptr,

@@ -9,9 +9,10 @@ from torch import Tensor
 from common_platform.kernels import Specialization, Work
 
 BLOCK = 1024
+PER_ROW = [f"{name}_ptr" for name in ("presence", "frequency", "repetition")]  # a number a row
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=PER_ROW)
 def _penalise(
     logits_ptr,
     rows_ptr,
@@ -54,7 +55,7 @@ def _mask(logits_ptr, rows_ptr, bits_ptr, vocab, stride, words, BLOCK: tl.conste
     tl.store(logits_ptr + row * stride + columns, float("-inf"), mask=inside & forbidden)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _add_bias(logits_ptr, rows_ptr, tokens_ptr, biases_ptr, count, stride, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count

@@ -12,6 +12,7 @@ from common_platform.kernels import Specialization, Work
 PROGRAMS = 264  # to have at least: two for each multiprocessor of an H100
 MOST_SPLITS = 16
 SHORTEST = 256  # keys of a split at the least
+LEAST = 16  # numbers that a product adds up, or a device has no instruction for it
 NUM_WARPS = 4
 NUM_STAGES = 2
 AMD_STAGES = 1  # whose registers hold one step's keys, not two
@@ -47,7 +48,7 @@ def splits_of(programs: int, longest: int) -> int:
     return splits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads_of_all_rows"])
 def _merge(
     parts_ptr,
     log_sums_ptr,

@@ -13,6 +13,7 @@ from torch import Tensor
 from common_platform.kernels import NVIDIA_FP8, TARGETS, Specialization, Work
 from servekit.kernels.merge_attention.triton_backend import (
     AMD_STAGES,
+    LEAST,
     NUM_STAGES,
     NUM_WARPS,
     log_sum_of,
@@ -27,7 +28,7 @@ KEYS = 32  # of a step
 EIGHT_BIT_WARPS = 8  # of NVIDIA's, whose threads have not the registers for both forms of the keys
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "max_blocks"])
 def _mla(
     query_ptr,
     cache_ptr,
@@ -145,8 +146,8 @@ def _constants(latent: int, rope: int, splits: int) -> dict[str, int]:
     return {
         "LATENT": latent,
         "ROPE": rope,
-        "LATENT_UP": triton.next_power_of_2(latent),
-        "ROPE_UP": triton.next_power_of_2(rope),
+        "LATENT_UP": max(triton.next_power_of_2(latent), LEAST),
+        "ROPE_UP": max(triton.next_power_of_2(rope), LEAST),
         "HEADS": HEADS,
         "KEYS": KEYS,
         "SPLITS": splits,

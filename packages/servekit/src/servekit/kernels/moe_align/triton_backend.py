@@ -19,7 +19,7 @@ CHUNKS = 32  # added up at a time
 TILES = 64  # named by a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _count(experts_ptr, counts_ptr, num_pairs, num_experts, PAIRS: tl.constexpr, EXPERTS: tl.constexpr):
     """``counts``: ``[chunks, EXPERTS]``."""
     pairs = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
@@ -29,7 +29,7 @@ def _count(experts_ptr, counts_ptr, num_pairs, num_experts, PAIRS: tl.constexpr,
     tl.store(counts_ptr + tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _add_up(
     counts_ptr,
     ends_ptr,
@@ -61,7 +61,7 @@ def _add_up(
         first += tl.sum(counts, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles", "chunks"])
 def _place(
     experts_ptr,
     firsts_ptr,

@@ -22,7 +22,7 @@ def _best(scores, open_, columns, NONE: tl.constexpr):
     return highest, place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _route(
     logits_ptr,
     bias_ptr,
@@ -102,7 +102,7 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple
     if not tokens:
         return weights, chosen
     wide = triton.next_power_of_2(experts)
-    rows = min(max(ELEMENTS // wide, 1), triton.next_power_of_2(tokens))
+    rows = max(ELEMENTS // wide, 1)
     _route[(triton.cdiv(tokens, rows),)](
         logits,
         bias,

@@ -90,7 +90,7 @@ def _turn(
     return acc, new_m, length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend(
     q_ptr,
     cache_ptr,

@@ -22,7 +22,7 @@ def round_to_eight_bits(x, scale, largest, TO_INT: tl.constexpr):
     return tl.minimum(tl.maximum(scaled, -largest), largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _quantize(
     x_ptr,
     values_ptr,
@@ -58,7 +58,7 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor]
     values = torch.empty_like(x, dtype=dtype)
     scales = x.new_empty(tokens, num_groups, dtype=torch.float32)
     block = triton.next_power_of_2(group)
-    groups = max(1, min(ELEMENTS // block, triton.next_power_of_2(total)))
+    groups = max(1, ELEMENTS // block)
     if total:
         _quantize[(triton.cdiv(total, groups),)](
             x,

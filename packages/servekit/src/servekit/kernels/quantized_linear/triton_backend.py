@@ -46,7 +46,7 @@ def _store(total, bias_ptr, out_ptr, rows, cols, tokens, out, SPLITS: tl.constex
     tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _w8_tiles(
     x_ptr,
     x_scales_ptr,  # None: activations are not quantized
@@ -85,7 +85,7 @@ def _w8_tiles(
     _store(result, bias_ptr, out_ptr, rows, cols, tokens, out, SPLITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _fp8_block_tiles(
     x_ptr,
     x_scales_ptr,
@@ -183,7 +183,7 @@ def span_of(x_rows, is_row, span, width, HALF: tl.constexpr):
     return x_low, x_high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _w4a16_tiles(
     x_ptr,
     packed_ptr,

@@ -14,6 +14,7 @@ from torch import Tensor
 from common_platform.kernels import Specialization, Work
 
 BLOCK = 1024
+PER_ROW = [f"{name}_ptr" for name in ("temperature", "top_k", "top_p", "min_p", "seeds")]  # a number a row
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def _search(row_ptr, vocab, low, high, floor, wanted, top, inverse, BY_COUNT: tl
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=PER_ROW)
 def _sample(
     logits_ptr,
     temperature_ptr,
