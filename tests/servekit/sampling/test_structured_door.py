@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import pytest
 from common_platform.embedded import smollm2
 from common_platform.errors import ConfigError, RequestError, ResourceError
 from servekit.sampling.parameters import StructuredOutput
-from servekit.sampling.structured.guard import GrammarGuard
+from servekit.sampling.structured.guard import Abandoned, GrammarGuard
 from servekit.sampling.structured.limits import GrammarLimits, check_limits, regex_states
 
 VOCABULARY = 49_152
@@ -143,6 +146,31 @@ def test_a_constraint_that_takes_too_long_is_stopped_and_the_next_one_served():
         assert guard._child.pid != pid
     finally:
         guard.close()
+
+
+def test_a_constraint_that_nobody_waits_for_is_stopped_and_the_next_one_served():
+    guard = GrammarGuard(tokenizer_json(), VOCABULARY, [EOS], GrammarLimits(timeout_s=3600))
+    gone = threading.Event()
+    try:
+        guard.check(GOOD)
+        pid = guard._child.pid
+        os.kill(pid, signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as other:
+            asked = other.submit(guard.check, StructuredOutput(regex="[0-9]+"), gone)
+            gone.set()
+            with pytest.raises(Abandoned):
+                asked.result(60)
+        if guard._child is not None:  # the caller had gone before the child was asked
+            os.kill(pid, signal.SIGCONT)
+        guard.check(StructuredOutput(regex="[0-9]"))
+    finally:
+        guard.close()
+
+
+def test_what_was_found_good_is_known_without_a_wait(guard):
+    guard.check(GOOD)
+    assert guard.knows(GOOD)
+    assert not guard.knows(StructuredOutput(regex="never asked"))
 
 
 def test_a_child_that_died_is_replaced(guard):

@@ -67,8 +67,12 @@ class ServerProcess:
         return next((line.removeprefix(words).strip() for line in list(self.said) if line.startswith(words)), "")
 
     def children(self) -> list[int]:
-        found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(pid) for pid in found.split()]
+        """Of all its threads: the system counts a child as that of the thread that started it."""
+        found = []
+        for thread in Path(f"/proc/{self.process.pid}/task").iterdir():
+            with suppress(OSError):  # it has ended meanwhile
+                found += [int(pid) for pid in (thread / "children").read_text().split()]
+        return found
 
     def running(self, module: str) -> list[int]:
         """The process ids of children that run ``module``."""

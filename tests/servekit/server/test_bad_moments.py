@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
+import signal
 import socket
+import termios
 import threading
 import time
 import uuid
+from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +22,7 @@ import httpx
 import psutil
 import pytest
 from tests.servekit.server.canary import Sight, canary
-from tests.servekit.server.processes import PATIENCE_S, ServerProcess, wait_until
+from tests.servekit.server.processes import PATIENCE_S, ServerProcess, state_of, wait_until
 from tests.servekit.server.raw import connect, error_in, head, post_of, read_all
 from tests.servekit.server.rows import CHAT, COMPLETIONS, LENGTH, chat, completion
 
@@ -252,7 +257,41 @@ def test_a_bad_schema_leaves_a_good_one_at_work(http: httpx.Client, of_server: S
     assert canary(http) == of_server
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(100_000, marks=pytest.mark.slow)])
+COMPILES = "servekit.sampling.structured.child"
+
+
+def num_unread(pid: int) -> int:
+    """Bytes that wait in the standard input of a process, a pipe."""
+    size = array("i", [0])
+    with Path(f"/proc/{pid}/fd/0").open("rb", buffering=0) as pipe:
+        fcntl.ioctl(pipe, termios.FIONREAD, size)
+    return size[0]
+
+
+def test_a_compile_whose_caller_has_left_is_stopped(tiny_model: Path, of_server: Sight) -> None:
+    """The process that compiles is stopped, so that it would take as long as it may: an hour."""
+    patient = ServerProcess(tiny_model, "--grammar-timeout-s", "3600")
+    try:
+        with patient.client() as client:
+            assert client.post(CHAT, json=shaped({"const": "first"}, max_tokens=2)).status_code == 200
+            (pid,) = patient.running(COMPILES)
+            os.kill(pid, signal.SIGSTOP)
+            assert wait_until(lambda: state_of(pid) == "T")
+            with connect(patient) as leaver, connect(patient) as neighbour:
+                leaver.sendall(post_of(shaped({"const": "second"}), path=CHAT))
+                assert wait_until(lambda: num_unread(pid) > 0), "the compile has not begun"
+                neighbour.sendall(post_of(shaped({"const": "third"}, max_tokens=2), "Connection: close", path=CHAT))
+                assert canary(client) == of_server, "who asks for no grammar is served meanwhile"
+                assert client.post(CHAT, json=shaped({"const": "first"}, max_tokens=2)).status_code == 200
+                leaver.close()
+                assert wait_until(lambda: pid not in patient.running(COMPILES)), "the compile goes on"
+                assert read_all(neighbour).startswith(b"HTTP/1.1 200")
+            assert wait_until(lambda: patient.requests() == 0)
+    finally:
+        patient.stop()
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_many_schemas_in_turn_are_not_all_kept(server: ServerProcess, http: httpx.Client, count: int) -> None:
     """grm-021. The child that judges them and the engine are looked at too."""
     sizes = []

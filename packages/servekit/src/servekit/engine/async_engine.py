@@ -286,7 +286,7 @@ class AsyncEngine:
         self._raise_if_dead()
         request = validate(request_id, prompt, params, self.facts, self.tokenizer, **about)
         if params.structured_outputs is not None:
-            await asyncio.to_thread(self._grammars.check, params.structured_outputs)
+            await self._grammars.check_beside(params.structured_outputs)
             self._raise_if_dead()
         if request_id in self._streams:
             raise RequestError("request_id", request_id, "an id that is not in use", code="conflict")

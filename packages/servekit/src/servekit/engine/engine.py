@@ -170,6 +170,7 @@ class EngineCore:
 
     def abort(self, sequence_ids: Sequence[str], reason: FinishReason = FinishReason.ABORT) -> None:
         """End sequences from any state; unknown ids are sequences that have ended already."""
+        self._grammars.leave(sequence_ids)
         for sequence_id in sequence_ids:
             self.scheduler.abort(sequence_id, reason)
 

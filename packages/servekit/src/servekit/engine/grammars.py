@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -29,12 +30,35 @@ class GrammarDoor:
         self._limits = limits
         self._guard: GrammarGuard | None = None
         self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="servekit-grammar-door")
 
-    def check(self, spec: StructuredOutput) -> None:
+    def knows(self, spec: StructuredOutput) -> bool:
+        """Whether ``check`` found ``spec`` good, and would say so at once."""
+        return self._guard is not None and self._guard.knows(spec)
+
+    async def check_beside(self, spec: StructuredOutput) -> None:
+        """As ``check``, for an event loop; cancelled, it ends the compile. Constraints take turns.
+
+        Raises:
+            RequestError: as ``check`` does.
+        """
+        if self.knows(spec):
+            return
+        gone = threading.Event()
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self.check, spec, gone)
+        finally:
+            gone.set()
+
+    def check(self, spec: StructuredOutput, gone: threading.Event | None = None) -> None:
         """Return where ``spec`` can be followed. Blocks up to the deadline: not for an event loop.
+
+        Args:
+            gone: set when nobody waits any more.
 
         Raises:
             RequestError: code ``grammar_*``, or ``unsupported`` where llguidance is not installed.
+            Abandoned: ``gone`` was set.
         """
         try:
             library()
@@ -45,9 +69,10 @@ class GrammarDoor:
             if self._guard is None:
                 ids = self._facts.eos_token_ids
                 self._guard = GrammarGuard.for_folder(self._folder, self._facts.vocab_size, ids, self._limits)
-        self._guard.check(spec)
+        self._guard.check(spec, gone)
 
     def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             if self._guard is not None:
                 self._guard.close()
@@ -78,6 +103,13 @@ class Grammars:
             text = (self._folder / "tokenizer.json").read_text(encoding="utf-8")
             self._compiler = GrammarCompiler(text, self._facts.vocab_size, self._facts.eos_token_ids, self._limits)
         return self._compiler.compile(spec)
+
+    def leave(self, sequence_ids: Collection[str]) -> None:
+        """Nobody waits for these any more: what is not begun for others is not begun."""
+        for future, waiting in list(self._under_way.items()):
+            waiting[:] = [sequence_id for sequence_id in waiting if sequence_id not in sequence_ids]
+            if not waiting and future.cancel():
+                del self._under_way[future]
 
     def finished(self, wait_s: float = 0.0) -> list[tuple[list[str], str | None]]:
         """The sequences whose constraint is there, or with the reason why it is not."""

@@ -55,6 +55,7 @@ def protocol_class(limits: ServerLimits) -> type[HttpToolsProtocol]:
             self._set_deadline(None)
             self._let_go()
             super().connection_lost(exc)
+            self._untie()
 
         def data_received(self, data: bytes) -> None:
             if self._refused:
@@ -88,6 +89,17 @@ def protocol_class(limits: ServerLimits) -> type[HttpToolsProtocol]:
             if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
+
+        def on_response_complete(self) -> None:
+            self._untie()
+            super().on_response_complete()
+
+        def _untie(self) -> None:
+            """What a request's state says of its connection goes, so that both end without a collection of garbage."""
+            if self._under_way is not None:
+                state = self._under_way.scope["state"]
+                state.pop("chunk_writer", None)
+                state.pop("abort_connection", None)
 
         def on_headers_complete(self) -> None:
             self._in_headers = False

@@ -65,7 +65,7 @@ class LiveStream(EventStream):
         self._wake = asyncio.Event()
         self._failure: Exception | None = None
         self._is_over = False
-        self._clock = asyncio.get_running_loop().time
+        self._clock = self._loop.time
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._writer = scope["state"].get("chunk_writer")

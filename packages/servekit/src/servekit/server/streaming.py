@@ -40,16 +40,25 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     Raises:
         ClientGone: the caller left first.
     """
-    task, gone = asyncio.create_task(work), asyncio.create_task(_left(receive))
+    answering = asyncio.current_task()
+    gone = asyncio.create_task(_left(receive))
+    has_left = False
+
+    def leave(gone: asyncio.Task[None]) -> None:
+        nonlocal has_left
+        if answering is not None and not gone.cancelled():
+            has_left = answering.cancel()
+
+    gone.add_done_callback(leave)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if has_left and answering is not None and not answering.uncancel():
+            raise ClientGone from None
+        raise
     finally:
-        task.cancel()
+        gone.remove_done_callback(leave)
         gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,9 @@ class EventStream(Response):
         self._since = 0.0  # by the loop's clock: the last chunk
         self._num_sending = 0
         self._is_stalled = False
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._comment: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         told = scope["state"].setdefault("log", {})
@@ -102,17 +114,22 @@ class EventStream(Response):
             await self._events.aclose()
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The events, watched over by a task beside, so that an event costs no timer of its own."""
-        watch = asyncio.create_task(self._watch(send, asyncio.current_task()))
+        """The events, watched over by a timer, so that an event costs none of its own."""
+        answering = asyncio.current_task()
+        self._since = self._loop.time()
+        self._look_later(send, answering)
         try:
             await self._send_all(scope, receive, send)
         except asyncio.CancelledError:
-            if self._is_stalled:
+            if self._is_stalled and answering is not None and not answering.uncancel():
                 raise SlowClient from None
             raise
         finally:
-            watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = None
+            if self._comment is not None:
+                self._comment.cancel()
 
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope["state"]["request_id"]
@@ -133,25 +150,25 @@ class EventStream(Response):
                 await self._send(send, self._form.error(internal_error(request_id)), last=True)
             raise
 
-    async def _watch(self, send: Send, task: asyncio.Task[None] | None) -> None:
-        """Send a comment where nothing comes, and end ``task`` where nothing is read."""
-        loop = asyncio.get_running_loop()
-        self._since = loop.time()
-        while True:
-            await asyncio.sleep(min(KEEP_ALIVE_S, self._stall_s) / 4)
-            idle_s = loop.time() - self._since
-            if self._num_sending and idle_s > self._stall_s and task is not None:
-                self._is_stalled = True
-                task.cancel()
-                return
-            if not self._num_sending and idle_s > KEEP_ALIVE_S:
-                await self._send(send, KEEP_ALIVE)
+    def _look_later(self, send: Send, answering: asyncio.Task[None] | None) -> None:
+        self._timer = self._loop.call_later(min(KEEP_ALIVE_S, self._stall_s) / 4, self._look, send, answering)
+
+    def _look(self, send: Send, answering: asyncio.Task[None] | None) -> None:
+        """Send a comment where nothing comes, and end ``answering`` where nothing is read."""
+        idle_s = self._loop.time() - self._since
+        if self._num_sending and idle_s > self._stall_s and answering is not None:
+            self._is_stalled = True
+            answering.cancel()
+            return
+        if not self._num_sending and idle_s > KEEP_ALIVE_S:
+            self._comment = self._loop.create_task(self._send(send, KEEP_ALIVE))
+        self._look_later(send, answering)
 
     async def _send(self, send: Send, chunk: bytes, *, last: bool = False) -> None:
         if not self._has_begun:
             self._has_begun = True
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        self._since = asyncio.get_running_loop().time()
+        self._since = self._loop.time()
         self._num_sending += 1
         await send({"type": "http.response.body", "body": chunk, "more_body": not last})
         self._num_sending -= 1

@@ -7,10 +7,12 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from select import select
+from typing import IO
 
 import msgspec
 
@@ -21,6 +23,12 @@ from servekit.sampling.structured.limits import GrammarLimits, check_limits
 
 MAX_REMEMBERED = 4096  # digests of constraints that were found good
 START_TIMEOUT_S = 60.0
+LOOK_S = 0.05  # how often it is asked whether the caller has gone
+FAREWELL_S = 0.25  # what a compile may still take then: to start another child costs more
+
+
+class Abandoned(Exception):
+    """Nobody waits for the verdict any more."""
 
 
 class Setup(msgspec.Struct, frozen=True, array_like=True):
@@ -64,12 +72,20 @@ class GrammarGuard:
     ) -> GrammarGuard:
         return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), vocab_size, eos_token_ids, limits)
 
-    def check(self, spec: StructuredOutput) -> None:
+    def knows(self, spec: StructuredOutput) -> bool:
+        """Whether ``spec`` was found good before, and is remembered; never waits."""
+        return hashlib.sha256(msgspec.msgpack.encode(spec)).digest() in self._good
+
+    def check(self, spec: StructuredOutput, gone: threading.Event | None = None) -> None:
         """Return where ``spec`` can be followed.
+
+        Args:
+            gone: set when nobody waits any more: the child at work on it is killed.
 
         Raises:
             RequestError: code ``grammar_*``; ``param`` starts with the spec's field.
             ResourceError: the child cannot be started.
+            Abandoned: ``gone`` was set.
         """
         check_limits(spec, self._limits)
         packed = msgspec.msgpack.encode(spec)
@@ -78,7 +94,9 @@ class GrammarGuard:
             if key in self._good:
                 self._good.move_to_end(key)
                 return
-            verdict = self._ask(packed, spec)
+            if gone is not None and gone.is_set():
+                raise Abandoned
+            verdict = self._ask(packed, spec, gone)
             if verdict.code:
                 raise RequestError(verdict.param, code=verdict.code, message=verdict.message)
             self._good[key] = None
@@ -91,13 +109,16 @@ class GrammarGuard:
             self._closed = True
             self._kill()
 
-    def _ask(self, packed: bytes, spec: StructuredOutput) -> Verdict:
+    def _ask(self, packed: bytes, spec: StructuredOutput, gone: threading.Event | None) -> Verdict:
         child = self._started()
         try:
             _send(child, packed)
-            answer = _receive(child, self._limits.timeout_s)
+            answer = _receive(child, self._limits.timeout_s, gone)
         except OSError:
             answer = b""
+        except Abandoned:
+            self._kill()
+            raise
         if answer is None:
             self._kill()
             raise RequestError(
@@ -159,9 +180,23 @@ def _send(child: subprocess.Popen[bytes], body: bytes) -> None:
     child.stdin.flush()
 
 
-def _receive(child: subprocess.Popen[bytes], timeout_s: float) -> bytes | None:
-    """One message; None at the deadline, empty where the child has gone."""
-    if child.stdout is None or not select([child.stdout], [], [], timeout_s)[0]:
+def _receive(child: subprocess.Popen[bytes], timeout_s: float, gone: threading.Event | None = None) -> bytes | None:
+    """One message; None at the deadline, empty where the child has gone.
+
+    Raises:
+        Abandoned: ``gone`` was set, and no message came soon after.
+    """
+    if child.stdout is None or not _has_come(child.stdout, timeout_s, gone):
         return None
     head = child.stdout.read(4)
     return child.stdout.read(struct.unpack("<I", head)[0]) if len(head) == 4 else b""
+
+
+def _has_come(pipe: IO[bytes], timeout_s: float, gone: threading.Event | None) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while (left_s := deadline - time.monotonic()) > 0:
+        if select([pipe], [], [], left_s if gone is None else min(left_s, LOOK_S))[0]:
+            return True
+        if gone is not None and gone.is_set() and not select([pipe], [], [], min(left_s, FAREWELL_S))[0]:
+            raise Abandoned
+    return False
