@@ -1,7 +1,7 @@
 """Would `torch.compile` of what lies between the attentions make a step faster, where torch's own operations run?
 
 SmolLM2-135M by `--kernels reference`: as it is; with each norm, gate and rotation compiled; and with the two halves of
-a layer compiled whole. A step of one row, of 16 rows, and a prompt of 256 tokens. docs/design/0009 has the answer.
+a layer compiled whole. A step of one row, of 16 rows, and a prompt of 128 tokens. docs/design/0009 has the answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from servekit.layers import attention
 from servekit.layers.attention import StepInputs
 from servekit.models.llama import Llama, LlamaLayer
 
-STEPS = {"1_row": (1, 64, 1), "16_rows": (16, 64, 1), "256_tokens": (1, 256, 256)}  # rows, context, new tokens of each
+STEPS = {"1_row": (1, 32, 1), "16_rows": (16, 32, 1), "128_tokens": (1, 128, 128)}  # rows, context, new tokens of each
 BLOCK = 16
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     report = Report()
     torch._dynamo.config.recompile_limit = 64
     for dtype in ("float32", "bfloat16"):
-        compare(report, dtype, 7 if options.quick else 25)
+        compare(report, dtype, 5 if options.quick else 25)
     report.finish(as_json=options.json)
 
 

@@ -18,10 +18,12 @@ from servekit.execution.device_memory import TorchMemory
 from servekit.execution.graphs import GraphedForward, GraphSizes, Recorder
 from servekit.execution.input_batch import InputBatch, StepArrays
 from servekit.execution.logits_processors import Factory
+from servekit.execution.logprobs import token_logprobs
 from servekit.execution.offload import OffloadStore
 from servekit.execution.pooling import Pool
 from servekit.execution.proposer import Proposer
-from servekit.execution.sampler import Grammar, SampleOutput, Sampler, chosen
+from servekit.execution.sampler import SampleOutput, Sampler, chosen
+from servekit.execution.sampler_row import Grammar
 from servekit.execution.warm_up import null_step, step_sizes
 from servekit.kernels.kv_write import copy_blocks
 from servekit.kernels.paged_attention.metadata import to_device
@@ -369,7 +371,7 @@ class ModelRunner:
         entries: list[TokenLogprob] = []
         for first in range(0, len(targets), PROMPT_LOGPROB_ROWS):
             part = slice(first, first + PROMPT_LOGPROB_ROWS)
-            entries += self.sampler.prompt_logprobs(self.model.logits(states[part]), targets[part], top)
+            entries += token_logprobs(self.model.logits(states[part]), targets[part], [top] * len(targets[part]))
         return entries
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,9 +18,11 @@ from torch import Tensor
 from common_platform.errors import PlatformError
 from servekit.core.plan import TokenLogprob
 from servekit.execution import sampling_ops as ops
-from servekit.execution.logits_processors import Factory, LogitsProcessor, make_processors
+from servekit.execution.logits_processors import Factory, make_processors
+from servekit.execution.logprobs import token_logprobs
 from servekit.execution.penalties import PenaltyTable
-from servekit.execution.token_masks import Words, every_token, no_token, these, without
+from servekit.execution.sampler_row import Grammar, SamplerRow, add_masks
+from servekit.execution.token_masks import Words, every_token
 from servekit.kernels.argmax import argmax_for
 from servekit.kernels.paged_attention.metadata import to_device
 from servekit.layers.kernels import LogitKernels, Sample
@@ -29,19 +30,6 @@ from servekit.sampling.parameters import SamplingParams
 
 NO_TOKEN = -1
 REFERENCE = LogitKernels()
-
-
-class Grammar(Protocol):
-    """What a structured output allows next: ``servekit.sampling.structured.matcher.GrammarState``."""
-
-    def fill_mask(self, row: NDArray[np.int32]) -> None:
-        """Set bit i of word j of ``row`` ``[ceil(vocab / 32)]`` where token 32 * j + i is allowed."""
-
-    def accept(self, tokens: Sequence[int]) -> bool:
-        """Move on by ``tokens``; False where one is not allowed."""
-
-    def forced(self) -> list[int]:
-        """The tokens that must come next; empty where there is a choice."""
 
 
 @dataclass(slots=True)
@@ -56,57 +44,6 @@ class SampleOutput:
 def chosen(highest: Tensor, ids: Tensor) -> SampleOutput | None:
     """The most likely tokens; None where a row's highest logit is not finite, and what is wrong is to be found out."""
     return SampleOutput(ids.tolist()) if math.isfinite(float(highest.sum())) else None
-
-
-@dataclass(slots=True)
-class SamplerRow:
-    """What the sampler remembers of one request."""
-
-    params: SamplingParams
-    prompt_ids: Sequence[int]
-    output_ids: list[int]
-    banned_early: list[int]  # until min_tokens are out
-    seed: int
-    grammar: Grammar | None
-    processors: list[LogitsProcessor]
-    allowed: Words | None = None  # by allowed_token_ids and bad words of one token; None for all
-    bad_words: list[list[int]] = field(default_factory=list)  # of several tokens
-    penalties: int | None = None  # its row of the penalty table
-    failure: str = ""  # why no token can be sampled for it
-
-    @property
-    def is_special(self) -> bool:
-        """Whether anything but the most likely token is ever asked for, or what came before matters."""
-        p = self.params
-        return bool(self.is_edited or p.logit_bias or p.logprobs is not None or not p.is_greedy) or self.is_penalised
-
-    @property
-    def is_penalised(self) -> bool:
-        return self.penalties is not None
-
-    @property
-    def is_masked(self) -> bool:
-        is_short = len(self.output_ids) < self.params.min_tokens
-        return bool(self.grammar or self.bad_words or is_short) or self.allowed is not None
-
-    @property
-    def is_edited(self) -> bool:
-        """Whether the host has to look at it before each token."""
-        return bool(self.is_masked or self.processors or self.failure)
-
-    def next_mask(self, vocab_size: int) -> Words:
-        """The tokens that its own rules allow next. A grammar that is finished may end it before ``min_tokens``."""
-        mask = every_token(vocab_size) if self.allowed is None else self.allowed
-        output = self.output_ids
-        mask = without(mask, (word[-1] for word in self.bad_words if output[1 - len(word) :] == word[:-1]))
-        if self.grammar:
-            by_grammar = no_token(vocab_size)
-            self.grammar.fill_mask(by_grammar)
-            mask &= by_grammar
-        if len(output) < self.params.min_tokens:
-            going_on = without(mask, self.banned_early)
-            return mask if self.grammar and not going_on.any() else going_on
-        return mask
 
 
 class Sampler:
@@ -185,7 +122,7 @@ class Sampler:
         )
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
             row.penalties = self._penalties.add(prompt_ids, row.output_ids)
-        _add_masks(row, self.vocab_size)
+        add_masks(row, self.vocab_size)
         if grammar is not None and not grammar.accept(row.output_ids):
             row.failure = "the grammar does not allow what was generated before"
         self._rows[slot] = row
@@ -424,37 +361,7 @@ class Sampler:
         entries = token_logprobs(raw[wanted], [output.token_ids[i] for i in wanted], counts)
         return {slots[i]: entry for i, entry in zip(wanted, entries, strict=True)}
 
-    @staticmethod
-    def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], top_k: int) -> list[TokenLogprob]:
-        """Entries for prompt positions: ``logits`` ``[positions, vocab]`` and the token that stands after each."""
-        return token_logprobs(logits, target_ids, [top_k] * len(target_ids))
-
-
-def _add_masks(row: SamplerRow, vocab_size: int) -> None:
-    """What of the parameters' masks is the same before each token."""
-    words = row.params.bad_words_token_ids or ()
-    never = [word[0] for word in words if len(word) == 1]
-    row.bad_words = [list(word) for word in words if len(word) > 1]
-    if row.params.allowed_token_ids or never:
-        given = row.params.allowed_token_ids
-        row.allowed = without(these(given, vocab_size) if given else every_token(vocab_size), never)
-
 
 def _told(error: Exception, place: str) -> str:
     """Our own sentence; of a plugin's error only its kind, for the text may hold what is not the caller's."""
     return error.message if isinstance(error, PlatformError) else f"{type(error).__name__} in this request's {place}"
-
-
-def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: Sequence[int]) -> list[TokenLogprob]:
-    """The logprob and rank of each row's token, and its ``top[i]`` most likely ones."""
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
-    ranks = (logprobs > chosen).sum(dim=1) + 1
-    most = max(top)
-    values, ids = logprobs.topk(most) if most else (logprobs[:, :0], ranks[:, None][:, :0])
-    return [
-        TokenLogprob(token, value, rank, list(zip(row_ids[:count], row_values[:count], strict=True)))
-        for token, value, rank, row_ids, row_values, count in zip(
-            token_ids, chosen[:, 0].tolist(), ranks.tolist(), ids.tolist(), values.tolist(), top, strict=True
-        )
-    ]

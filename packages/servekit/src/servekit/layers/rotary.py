@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from common_platform.errors import ArtifactConfigError
-from servekit.kernels.rotary import apply_rotary
 
 
 class RotaryEmbedding:
@@ -43,10 +42,6 @@ class RotaryEmbedding:
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[tokens, 1, rotary_dim]`` of ``positions`` ``[tokens]``: once a step, for all layers."""
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
-
-    @staticmethod
-    def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        return apply_rotary(x, *angles)
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
