@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -52,6 +53,9 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         pytest.param(["M", "--shutdown-timeout-s", "-1"], 3, ["--shutdown-timeout-s"], id="negative-time"),
         pytest.param(["M", "--chat-template", "no-such"], 3, ["--chat-template", "no-such"], id="no-template"),
         pytest.param(["M", "--kv-offload-bytes", "-4"], 3, ["--kv-offload-bytes", "-4"], id="cfg-009"),
+        pytest.param(["M", "--prefix-caching-hash-algo", "builtin"], 3, ["builtin", "sha256"], id="cfg-010"),
+        pytest.param(["M", "--enable-lora"], 3, ["enable_lora", "adapters"], id="lora"),
+        pytest.param(["M", "-tp", "0"], 3, ["--tensor-parallel-size", "0"], id="no-device"),
         pytest.param(["M", "--no-such-flag"], 2, ["--no-such-flag"], id="unknown-flag"),
         pytest.param(["M", "--api-key-file", "no-such-file"], 3, ["--api-key-file", "no-such-file"], id="no-key-file"),
         pytest.param(["M", "--host", "no-such-host.invalid", "--api-key", KEY], 5, ["host"], id="no-such-host"),
@@ -110,6 +114,33 @@ def test_a_context_longer_than_the_models_is_refused(tiny_model: Path) -> None: 
     assert ended.returncode == 3
     assert "1..1024" in ended.stderr
     assert "--max-model-len" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "status", "words"),
+    [
+        pytest.param(3, 3, ["3", "8 attention heads"], id="cli-007"),
+        pytest.param(8, 5, ["8", "1..1", "devices"], id="cli-008"),
+    ],
+)
+def test_more_devices_than_heads_or_than_there_are_are_refused(
+    tiny_model: Path, tmp_path: Path, size: int, status: int, words: list[str]
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"num_attention_heads": 8}))
+    ended = run("serve", str(folder), "--port", "0", "--tensor-parallel-size", str(size), COMMON_PLATFORM="cpu")
+    assert (ended.returncode, ended.stdout) == (status, ""), ended.stderr
+    assert all(word in ended.stderr.splitlines()[0] for word in ["tensor_parallel_size", *words]), ended.stderr
+
+
+def test_prompts_that_never_fit_a_step_are_known_at_the_start(tiny_model: Path) -> None:  # cfg-008
+    ended = run(
+        "serve", str(tiny_model), "--port", "0", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "99"
+    )
+    assert (ended.returncode, ended.stdout) == (3, ""), ended.stderr
+    words = ["max_num_batched_tokens", "99", "max_model_len", "1024"]
+    assert all(word in ended.stderr.splitlines()[0] for word in words), ended.stderr
 
 
 def test_keys_and_values_of_an_unknown_kind_are_refused(tiny_model: Path) -> None:  # cfg-006

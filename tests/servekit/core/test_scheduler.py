@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.servekit.core.fake_runner import FakeRunner, expected_output, next_token
 
-from common_platform.errors import RequestError
+from common_platform.errors import ConfigError, RequestError
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import KVGroup
 from servekit.core.request import DecodedTokens, FinishReason, Request, RequestState, RequestUpdate, Update
@@ -298,6 +298,32 @@ def test_prefill_is_chunked_and_decodes_go_on_beside_it():
         steps += 1
     assert steps == 7  # 100 tokens at 15 a step
     assert len(harness.tokens("short")) - before == steps
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20)), min_size=1, max_size=10),
+    depth=st.integers(1, 2),
+    num_blocks=st.integers(12, 40),
+)
+def test_without_chunks_a_prompt_is_computed_in_one_step(requests, depth, num_blocks):
+    config = {"max_num_batched_tokens": 64, "max_model_len": 64, "enable_chunked_prefill": False}
+    harness = Harness(depth=depth, num_blocks=num_blocks, **config)
+    for i, (length, max_tokens) in enumerate(requests):
+        harness.add(f"r{i}", [i] * length, max_tokens)
+    while harness.scheduler.has_work:
+        harness.step()
+        assert all(request.num_computed >= request.num_prompt for request in harness.scheduler.running)
+    harness.run()
+    for i, (length, max_tokens) in enumerate(requests):
+        assert harness.tokens(f"r{i}") == expected_output([i] * length, max_tokens)
+
+
+def test_prompts_that_could_never_be_computed_whole_are_no_setting():
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens.*63.*max_model_len=64"):
+        SchedulerConfig(max_num_batched_tokens=63, max_model_len=64, enable_chunked_prefill=False)
+    with pytest.raises(ConfigError, match="long_prefill_token_threshold"):
+        SchedulerConfig(enable_chunked_prefill=False, long_prefill_token_threshold=8)
 
 
 def test_preemption_takes_the_last_one_admitted_and_loses_no_token():

@@ -112,9 +112,12 @@ class ServerProcess:
 
     def requests(self) -> int:
         """Those that the server has given to its engine and not yet answered, as it counts them itself."""
-        url = f"{self._told(MANAGED)}/admin/status"
+        with self.management() as client:
+            return int(client.get("/admin/status").json()["requests"])
+
+    def management(self) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self._admin_key}"}
-        return int(httpx.get(url, headers=headers, timeout=PATIENCE_S).json()["requests"])
+        return httpx.Client(base_url=self._told(MANAGED), headers=headers, timeout=PATIENCE_S)
 
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=2 * PATIENCE_S, **options)

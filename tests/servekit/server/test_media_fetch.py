@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.servekit.server.canary import Sight, canary
 from tests.servekit.server.processes import PATIENCE_S, ServerProcess
 from tests.servekit.server.rows import CHAT, chat
 from tests.servekit.server.test_images import EPS, data, picture
+from tests.servekit.server.test_tls import self_signed
 
 from common_platform.errors import ConfigError, RequestError
 from servekit.multimodal.fetch import fetch, is_public
@@ -40,7 +42,8 @@ def chunked(body: bytes) -> bytes:
 class Host:
     """Says what it is told to, to one caller after the other, and keeps what it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self._listener = socket.create_server((HERE, 0))
         self.port = self._listener.getsockname()[1]
         self.asked: list[bytes] = []
@@ -57,8 +60,11 @@ class Host:
             with caller:
                 caller.settimeout(PATIENCE_S)
                 try:
+                    if self._tls is not None:
+                        caller = self._tls.wrap_socket(caller, server_side=True)
                     self.asked.append(caller.recv(65536))
                     self.say(caller)
+                    caller.close()
                 except OSError:  # the caller has heard enough
                     continue
 
@@ -111,6 +117,37 @@ def http(curious: ServerProcess) -> Iterator[httpx.Client]:
 def before(curious: ServerProcess) -> Sight:
     with curious.client() as client:
         return canary(client)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(certificate, key) of a host here, which stands for itself."""
+    folder = tmp_path_factory.mktemp("authority")
+    return self_signed(folder, HERE)
+
+
+def test_a_picture_of_a_host_that_proves_who_it_is_is_fetched_over_tls(
+    tiny_model: Path, certificate: tuple[Path, Path]
+) -> None:
+    """And of one that does not, it is not: only the first server here trusts whoever signed the certificate."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*map(str, certificate))
+    host = Host(context)
+    host.says(answer(GOOD, f"Content-Length: {len(GOOD)}"))
+    found = []
+    try:
+        for trusted in ({"SSL_CERT_FILE": str(certificate[0])}, {}):
+            started = ServerProcess(tiny_model, "--allowed-media-domains", HERE, env=trusted)
+            try:
+                with started.client() as client:
+                    error = error_of(client, f"https://{HERE}:{host.port}/a.png")
+                    found.append((error["code"], error["param"]))
+            finally:
+                started.stop()
+    finally:
+        host.close()
+    assert found == [SEEN, ("media_fetch_failed", URL)]
+    assert [asked.split(b"\r\n")[0] for asked in host.asked] == [b"GET /a.png HTTP/1.1"]
 
 
 def error_of(http: httpx.Client, url: str) -> dict[str, Any]:

@@ -13,18 +13,22 @@ from tests.servekit.server.processes import ServerProcess
 from tests.servekit.server.rows import COMPLETIONS, completion
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(certificate, key) for localhost, signed by itself."""
-    folder = tmp_path_factory.mktemp("tls")
+def self_signed(folder: Path, address: str) -> tuple[Path, Path]:
+    """(certificate, key) for a host by its address, signed by itself."""
     paths = folder / "cert.pem", folder / "key.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(paths[0]), "-keyout", str(paths[1])]
+    command += ["-addext", f"subjectAltName=IP:{address}", "-out", str(paths[0]), "-keyout", str(paths[1])]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=60)
     except FileNotFoundError:
         pytest.skip("openssl is not installed")
     return paths
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(certificate, key) for this machine."""
+    return self_signed(tmp_path_factory.mktemp("tls"), "127.0.0.1")
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any
 
 import click
 
@@ -18,14 +17,19 @@ from common_platform.logging import configure
 from servekit import __version__, settings
 from servekit.bench.command import make_bench
 from servekit.engine.config import EngineConfig
-from servekit.execution.speculative import SpeculativeConfig
+from servekit.flags import (
+    KEY_VARIABLE,
+    budget_options,
+    engine_options,
+    first_key,
+    limit_options,
+    server_config,
+    server_options,
+    talk_options,
+)
 from servekit.sampling.parameters import SamplingParams
-from servekit.server.budgets import Budget
 from servekit.server.config import ServerConfig
-from servekit.server.keys import read_keys
-from servekit.server.limits import ServerLimits, flag_of
 
-KEY_VARIABLE, ADMIN_KEY_VARIABLE = "SERVEKIT_API_KEY", "SERVEKIT_ADMIN_KEY"
 USAGE = 2
 NOT_BACKENDS = (
     "experts",
@@ -44,99 +48,6 @@ NOT_BACKENDS = (
     "tiles",
     "weights",
 )
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-ENGINE_HELP = {
-    "dtype": "auto, float32, bfloat16 or float16.",
-    "num_threads": "CPU threads; 0: torch's choice.",
-    "max_model_len": "Longest context in tokens; unset: what the model was made for.",
-    "block_size": "Tokens per KV block.",
-    "kv_cache_memory_bytes": "Memory for keys and values; unset: by --gpu-memory-utilization.",
-    "gpu_memory_utilization": "Share of the memory for weights, keys and values; unset: 90 % on a GPU.",
-    "kv_offload_bytes": "Size of a second tier for prefixes that left the cache; 0: none.",
-    "kv_offload_folder": "Keep that tier on the disk of this folder; unset: in host memory.",
-    "max_num_seqs": "Sequences computed together.",
-    "max_num_batched_tokens": "Tokens a step computes at the most.",
-    "long_prefill_token_threshold": "Longest prefill chunk of one request in a step; 0: no bound.",
-    "scheduling_policy": "fcfs, priority or fair.",
-    "device": "auto, cpu, cuda, cuda:1, xpu; auto takes a GPU where there is one.",
-    "kernels": "native (C++, on a CPU), triton (on a GPU), reference (torch), or auto.",
-    "kv_cache_dtype": "auto, int8, or on a GPU fp8: keys and values of 8 bits, so that twice as many fit.",
-    "enforce_eager": "Launch the kernels of a GPU one by one in place of recorded graphs; starts sooner, runs slower.",
-    "quantization": "int8, int4 or (on a GPU) fp8 weights; activations of 8 bits, but of 16 beside int4 on a GPU.",
-    "allow_nonfinite": "Take a hand-off artifact although some of its weights are not finite.",
-    "deterministic": "Give a request the same tokens and logprobs whatever else is computed; slower.",
-    "otlp_traces_endpoint": "OpenTelemetry collector that gets a span a request: http://HOST:4318/v1/traces.",
-}
-
-
-def engine_options(command: Command) -> Command:
-    """One option for each setting of the engine, with its own default."""
-    types = get_type_hints(EngineConfig)
-    for name in reversed(ENGINE_HELP):
-        default = getattr(EngineConfig(model=""), name)
-        kind = next(kind for kind in (get_args(types[name]) or (types[name],)) if kind is not type(None))
-        option = click.option(
-            flag_of(name),
-            type=kind,
-            is_flag=kind is bool,
-            default=default,
-            help=ENGINE_HELP[name],
-            show_default=default is not None,
-        )
-        command = option(command)
-    command = click.option(
-        "--speculative-config",
-        metavar="JSON",
-        callback=lambda context, option, text: text and SpeculativeConfig.parse(text),
-        help='Drafts: {"num_speculative_tokens": 4} by prompt lookup, {"model": PATH} by a draft model.',
-    )(command)
-    command = click.option(
-        "--logits-processors",
-        metavar="MODULE:CLASS,...",
-        callback=lambda context, option, text: [name.strip() for name in text.split(",")] if text else [],
-        help="Classes of your own that see the logits of every request.",
-    )(command)
-    prefix = click.option(
-        "--enable-prefix-caching/--no-enable-prefix-caching",
-        " /--no-prefix-caching",
-        default=True,
-        show_default=True,
-        help="Reuse shared prefixes.",
-    )
-    return prefix(command)
-
-
-def limit_options(command: Command) -> Command:
-    """One option for each limit of the server."""
-    hints = get_type_hints(ServerLimits, include_extras=True)
-    for name in reversed(ServerLimits.__struct_fields__):
-        annotated, meta = get_args(hints[name])
-        kind = float if annotated is float else int
-        default = getattr(ServerLimits(), name)
-        option = click.option(
-            flag_of(name),
-            type=kind,
-            default=default,
-            help=f"Limit: {meta.description}.",
-            show_default=default is not None,
-        )
-        command = option(command)
-    return command
-
-
-BUDGET_HELP = {
-    "max_concurrent_requests": "Requests of one key at once; unset: no bound.",
-    "requests_per_minute": "Requests of one key in a minute; unset: no bound.",
-    "tokens_per_minute": "Tokens of one key in a minute, prompts and answers; unset: no bound.",
-}
-
-
-def budget_options(command: Command) -> Command:
-    """One option for each thing that a key may use so much of."""
-    for name in reversed(BUDGET_HELP):
-        command = click.option(flag_of(f"key_{name}"), type=int, default=None, help=BUDGET_HELP[name])(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -148,111 +59,14 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free port.")
-@click.option("--api-key", multiple=True, help="A key that callers need. Others see it in the process list.")
-@click.option("--api-key-file", type=click.Path(path_type=Path), help=f"Keys, one a line. Also: {KEY_VARIABLE}.")
-@click.option("--served-model-name", multiple=True, help="Name in requests; the folder's name unless given.")
-@click.option("--admin-port", type=click.IntRange(0, 65535), default=None, help="Management listens here; 0: any port.")
-@click.option("--admin-host", default="127.0.0.1", show_default=True, help="Address for management.")
-@click.option("--admin-key-file", type=click.Path(path_type=Path), help=f"Its keys. Also: {ADMIN_KEY_VARIABLE}.")
-@click.option("--ssl-certfile", default=None, help="Speak TLS with this certificate.")
-@click.option("--ssl-keyfile", default=None, help="The certificate's key, where it is in a file of its own.")
-@click.option("--ssl-ca-certs", default=None, help="Callers must show a certificate of these.")
-@click.option("--allowed-origins", multiple=True, help="Pages that may call the server: https://HOST, or *.")
-@click.option(
-    "--public-page", is_flag=True, help="Give the page at / to those without a key, who are asked for one there."
-)
-@click.option("--max-engine-restarts", default=3, show_default=True, help="Starts of a dead engine in ten minutes.")
-@click.option("--allow-insecure-bind", "--insecure-no-auth", is_flag=True, help="Listen beyond loopback without a key.")
-@click.option("--ignore-unknown-fields", is_flag=True, help="Do not refuse fields that are not known.")
-@click.option("--allow-request-priority", is_flag=True, help="Let callers set priority.")
-@click.option("--enable-prompt-embeds", is_flag=True, help="Take embeddings in place of prompts, in safetensors.")
-@click.option(
-    "--tool-call-parser", default="auto", show_default=True, help="How the model writes calls; none: no tools."
-)
-@click.option("--reasoning-parser", default="auto", show_default=True, help="How it writes reasoning; none: as text.")
-@click.option("--allow-request-chat-template", is_flag=True, help="Let callers bring a chat template.")
-@click.option("--chat-template", default=None, help="A file with the chat template; unset: the model's own.")
-@click.option(
-    "--allowed-media-domains", multiple=True, help="A host whose pictures may be named by URL; none unless given."
-)
-@click.option(
-    "--allowed-media-dirs",
-    "--allowed-local-media-path",
-    multiple=True,
-    help="A folder whose pictures may be named by file: URLs; none unless given.",
-)
-@click.option("--pooling", default="auto", show_default=True, help="How /v1/embeddings works: none, last or mean.")
-@click.option("--shutdown-timeout-s", "--drain-s", default=30.0, show_default=True, help="Seconds for requests to end.")
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+@server_options
 @budget_options
 @engine_options
 @limit_options
-def serve(
-    model: Path,
-    host: str,
-    port: int,
-    api_key: tuple[str, ...],
-    api_key_file: Path | None,
-    admin_port: int | None,
-    admin_host: str,
-    admin_key_file: Path | None,
-    ssl_certfile: str | None,
-    ssl_keyfile: str | None,
-    ssl_ca_certs: str | None,
-    allowed_origins: tuple[str, ...],
-    public_page: bool,
-    max_engine_restarts: int,
-    served_model_name: tuple[str, ...],
-    allow_insecure_bind: bool,
-    ignore_unknown_fields: bool,
-    allow_request_priority: bool,
-    enable_prompt_embeds: bool,
-    tool_call_parser: str,
-    reasoning_parser: str,
-    allow_request_chat_template: bool,
-    chat_template: str | None,
-    allowed_media_domains: tuple[str, ...],
-    allowed_media_dirs: tuple[str, ...],
-    pooling: str,
-    shutdown_timeout_s: float,
-    log_level: str,
-    **more: Any,
-) -> int:
+def serve(model: Path, log_level: str, **flags: Any) -> int:
     """Serve MODEL, a model folder, over HTTP until interrupted."""
-    limits = {name: more.pop(name) for name in ServerLimits.__struct_fields__}
-    config = ServerConfig(
-        host=host,
-        port=port,
-        api_keys=(*api_key, *_key_from_environment(KEY_VARIABLE)),
-        api_key_file=None if api_key_file is None else str(api_key_file),
-        admin_port=admin_port,
-        admin_host=admin_host,
-        admin_keys=(*_admin_keys(admin_key_file), *_key_from_environment(ADMIN_KEY_VARIABLE)),
-        ssl_certfile=ssl_certfile,
-        ssl_keyfile=ssl_keyfile,
-        ssl_ca_certs=ssl_ca_certs,
-        allowed_origins=allowed_origins,
-        public_page=public_page,
-        max_engine_restarts=max_engine_restarts,
-        budget=Budget(**{name: more.pop(f"key_{name}") for name in Budget.__struct_fields__}),
-        served_model_names=served_model_name or (model.resolve().name,),
-        allow_insecure_bind=allow_insecure_bind,
-        ignore_unknown_fields=ignore_unknown_fields,
-        allow_request_priority=allow_request_priority,
-        enable_prompt_embeds=enable_prompt_embeds,
-        tool_call_parser=tool_call_parser,
-        reasoning_parser=reasoning_parser,
-        allow_request_chat_template=allow_request_chat_template,
-        chat_template=chat_template,
-        allowed_media_domains=allowed_media_domains,
-        allowed_media_dirs=allowed_media_dirs,
-        pooling=pooling,
-        shutdown_timeout_s=shutdown_timeout_s,
-        limits=ServerLimits(**limits),
-    )
-    engine_config = EngineConfig(model=str(model), grammar_limits=config.limits.grammar(), **more)
+    config = server_config(model, flags)
+    engine_config = EngineConfig(model=str(model), grammar_limits=config.limits.grammar(), **flags)
     _configure_logs(log_level)
     from servekit.server.run import serve as run_server
 
@@ -266,29 +80,6 @@ def _configure_logs(level: str) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     access = logging.getLogger("servekit.access")
     access.handlers, access.propagate = [handler], False
-
-
-def _admin_keys(path: Path | None) -> tuple[str, ...]:
-    return () if path is None else read_keys(path, "--admin-key-file")
-
-
-def _key_from_environment(name: str) -> tuple[str, ...]:
-    """Taken out of the environment, so that no child process inherits it."""
-    key = os.environ.pop(name, None)
-    return () if key is None else (key,)
-
-
-def talk_options(command: Command) -> Command:
-    """How an answer is drawn, and the key of a server that is asked."""
-    options = [
-        click.option("--temperature", default=0.0, show_default=True),
-        click.option("--top-p", default=1.0, show_default=True),
-        click.option("--seed", type=int, default=None),
-        click.option("--api-key-file", type=click.Path(path_type=Path), help=f"Of a server. Also: {KEY_VARIABLE}."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @cli.command()
@@ -313,7 +104,7 @@ def complete(
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     from servekit.talk import speaker
 
-    with speaker(model, settings, _first_key(api_key_file)) as speaks:
+    with speaker(model, settings, first_key(api_key_file)) as speaks:
         pieces = speaks.chat([{"role": "user", "content": prompt}], params) if chat else speaks.complete(prompt, params)
         _print_pieces(pieces)
     return 0
@@ -340,7 +131,7 @@ def talk(
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     from servekit.talk import speaker
 
-    with speaker(model, settings, _first_key(api_key_file)) as speaks:
+    with speaker(model, settings, first_key(api_key_file)) as speaks:
         for line in _lines():
             messages.append({"role": "user", "content": line})
             answer = _print_pieces(speaks.chat(messages, params))
@@ -367,11 +158,6 @@ def _print_pieces(pieces: Iterator[str]) -> str:
         click.echo(piece, nl=False)
     click.echo()
     return "".join(said)
-
-
-def _first_key(path: Path | None) -> str | None:
-    keys = read_keys(path) if path is not None else _key_from_environment(KEY_VARIABLE)
-    return keys[0] if keys else None
 
 
 def _load(model: Path, settings: dict[str, Any]) -> Any:
@@ -515,7 +301,7 @@ def top(url: str, api_key_file: Path | None, interval_s: float, times: int | Non
 
     from servekit.server.top import fetch, watch
 
-    key = _first_key(api_key_file)
+    key = first_key(api_key_file)
     watch(lambda: fetch(url, key), Console(), interval_s=interval_s, times=times)
     return 0
 

@@ -40,6 +40,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 2048  # tokens a step computes at the most
     max_model_len: int = 2048  # tokens of one sequence, prompt and output
     long_prefill_token_threshold: int = 0  # longest prefill chunk of one request in a step; 0: the whole budget
+    enable_chunked_prefill: bool = True  # False: a prompt waits until one step can compute all that is left of it
     policy: str = "fcfs"
     async_scheduling: bool = False
 
@@ -58,5 +59,18 @@ class SchedulerConfig:
                 "0 or more",
                 flag="--long-prefill-token-threshold",
             )
+        if not self.enable_chunked_prefill:
+            self._check_whole_prompts()
         if self.policy not in POLICIES:
             raise ConfigError("policy", self.policy, f"one of {POLICIES}", flag="--scheduling-policy")
+
+    def _check_whole_prompts(self) -> None:
+        """Raise ConfigError where a prompt could never be computed in one step."""
+        budget, longest = self.max_num_batched_tokens, self.max_model_len
+        if budget < longest:
+            limit = f"max_model_len={longest} or more where prompts are computed whole"
+            flag = "--max-num-batched-tokens, --max-model-len or --enable-chunked-prefill"
+            raise ConfigError("max_num_batched_tokens", budget, limit, flag=flag)
+        if self.long_prefill_token_threshold:
+            name, limit = "long_prefill_token_threshold", "0 where prompts are computed whole"
+            raise ConfigError(name, self.long_prefill_token_threshold, limit, flag="--enable-chunked-prefill")

@@ -258,7 +258,10 @@ class Scheduler:
         return any(request in decodes or any(row[0] is request for row in rows) for decodes, rows in steps)
 
     def _admit(self, request: Request, hit: Hit, draft: Draft) -> bool:
-        num_tokens = min(request.num_known - hit.num_tokens, self._chunk(draft))
+        num_wanted = request.num_known - hit.num_tokens
+        num_tokens = min(num_wanted, self._chunk(draft))
+        if num_tokens < num_wanted and not self.config.enable_chunked_prefill:
+            return False
         copies = self.kv.admit(request, hit, hit.num_tokens + num_tokens)
         if copies is not None:
             self._start(request, hit, draft, copies)

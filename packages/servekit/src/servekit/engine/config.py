@@ -22,6 +22,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: str = "auto"  # auto: a GPU where there is one that kernels are for, else cpu
     num_threads: int = 0  # 0: torch's choice
     kernels: str = "auto"  # auto | native | reference | triton
+    tensor_parallel_size: int = 1  # devices that share the weights; see check_devices
     enforce_eager: bool = False  # no recorded graphs on a GPU
     kv_cache_dtype: str = "auto"  # auto: as dtype | int8 | fp8, on a GPU
     quantization: str | None = None  # int8 | int4 | fp8 (on a GPU), of the weights
@@ -30,22 +31,26 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_memory_bytes: int | None = None  # None: by the share below
     gpu_memory_utilization: float | None = None  # of the device's memory, weights included; None: see CACHE_SHARE
     enable_prefix_caching: bool = True
+    prefix_caching_hash_algo: str = "sha256"  # of blocks: what an attacker cannot make collide
     kv_offload_bytes: int = 0  # of a second tier for evicted prefixes, in host memory or
     kv_offload_folder: str | None = None  # on this disk
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     long_prefill_token_threshold: int = 0
+    enable_chunked_prefill: bool = True
     scheduling_policy: str = "fcfs"
     async_scheduling: bool = True
     speculative_config: SpeculativeConfig | None = None  # drafts; steps are then planned one at a time
     deterministic: bool = False  # a request has the same bits whatever is computed with it; slower, and float32 only
     logits_processors: list[str] = []  # classes that see every request, as module:Class
+    enable_lora: bool = False  # there are no adapters yet
     allow_nonfinite: bool = False  # take an artifact with weights that are no finite numbers
     probe_tolerance: float | None = None  # nats; None: by dtype
     grammar_limits: GrammarLimits = GrammarLimits()
     otlp_traces_endpoint: str | None = None  # an OpenTelemetry collector's, for a span a request
 
     def __post_init__(self) -> None:
+        self._at_least("tensor_parallel_size", 1)
         self._at_least("max_num_seqs", 1)
         self._at_least("max_num_batched_tokens", 1)
         self._at_least("long_prefill_token_threshold", 0)
@@ -60,6 +65,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(name, self.gpu_memory_utilization, "a share in (0,1]", flag=self._flag(name))
         self._one_of("block_size", BLOCK_SIZES)
         self._one_of("scheduling_policy", POLICIES)
+        self._one_of("prefix_caching_hash_algo", ("sha256",))
+        if self.enable_lora:
+            raise ConfigError("enable_lora", True, "false: this engine has no adapters", flag="--enable-lora")
         self._one_of("dtype", ("auto", "float32", "bfloat16", "float16"))
 
     def _flag(self, name: str) -> str:

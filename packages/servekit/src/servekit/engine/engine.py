@@ -19,6 +19,7 @@ from servekit.core.request import FinishReason, Request, RequestState, RequestUp
 from servekit.core.scheduler import Scheduler
 from servekit.core.stats import SchedulerStats
 from servekit.engine.config import GIB, EngineConfig
+from servekit.engine.devices import check_devices
 from servekit.engine.grammars import Grammars
 from servekit.engine.validate import EngineRequest
 from servekit.execution.choices import ExecutorConfig
@@ -40,9 +41,11 @@ class EngineCore:
     Raises:
         ArtifactError: the model folder is damaged, or is not the model it says it is.
         ConfigError: a setting does not fit the model or the memory.
+        ResourceError: the machine has less than a setting asks for.
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        check_devices(config)
         executor = ExecutorConfig(
             dtype=config.dtype,
             device=config.device,
@@ -68,6 +71,7 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=max_model_len,
             long_prefill_token_threshold=config.long_prefill_token_threshold,
+            enable_chunked_prefill=config.enable_chunked_prefill,
             policy=config.scheduling_policy,
             async_scheduling=plans_ahead,
         )

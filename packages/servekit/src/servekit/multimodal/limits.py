@@ -1,4 +1,4 @@
-"""How many pictures a request may bring, from where, and how large."""
+"""How many pictures, sounds and films a request may bring, from where, and how large."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ class MediaLimits:
     max_pixels: int = 33_554_432
     max_side: int = 16_384  # pixels
     max_aspect: int = 200  # the longer side over the shorter
+    max_frames: int = 512  # of a film
+    max_seconds: float = 600.0  # of sound
+    max_channels: int = 8  # of sound
     allowed_domains: tuple[str, ...] = ()  # of URLs; none: no URL is taken
     allowed_dirs: tuple[str, ...] = ()  # absolute, of file: URLs; none: no file is opened
     timeout_s: float = 10.0  # to fetch one
 
     def __post_init__(self) -> None:
-        for name in ("max_parts", "max_bytes", "max_pixels", "max_side", "max_aspect"):
+        for name in ("max_parts", "max_bytes", "max_pixels", "max_side", "max_aspect", "max_frames", "max_channels"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "1 or more")
+        if not self.max_seconds > 0:
+            raise ConfigError("max_seconds", self.max_seconds, "more than 0 seconds", flag="--max-audio-seconds")
         if not self.timeout_s > 0:
             raise ConfigError("timeout_s", self.timeout_s, "more than 0 seconds", flag="--media-timeout-s")
         for domain in self.allowed_domains:

@@ -89,7 +89,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def media(self) -> MediaLimits:
-        """What is told of pictures."""
+        """What is told of pictures, sounds and films."""
         limits = self.limits
         return MediaLimits(
             max_parts=limits.max_media_parts,
@@ -97,6 +97,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             max_pixels=limits.max_image_pixels,
             max_side=limits.max_image_side,
             max_aspect=limits.max_image_aspect,
+            max_frames=limits.max_video_frames,
+            max_seconds=limits.max_audio_seconds,
+            max_channels=limits.max_audio_channels,
             allowed_domains=tuple(domain.lower() for domain in self.allowed_media_domains),
             allowed_dirs=self.allowed_media_dirs,
             timeout_s=limits.media_timeout_s,

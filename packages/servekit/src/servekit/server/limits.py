@@ -61,6 +61,9 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_image_pixels: Annotated[int, Meta(description="pixels of a picture")] = 32 * MIB
     max_image_side: Annotated[int, Meta(description="pixels of a picture's longer side")] = 16_384
     max_image_aspect: Annotated[int, Meta(description="longer side over shorter side")] = 200
+    max_video_frames: Annotated[int, Meta(description="frames of a film")] = 512
+    max_audio_seconds: Annotated[float, Meta(description="seconds of a sound")] = 600.0
+    max_audio_channels: Annotated[int, Meta(description="channels of a sound")] = 8
     max_request_timeout_s: Annotated[
         float, Meta(description="seconds a request may take, also where its caller says nothing")
     ] = 3600.0

@@ -11,6 +11,7 @@ from servekit.multimodal.limits import MediaLimits
 from servekit.server import fields as f
 from servekit.server.images import IMAGE, check_image_part, check_num_images
 from servekit.server.limits import ServerLimits
+from servekit.server.other_media import AUDIO, VIDEO, check_audio_part, check_video_part
 from servekit.server.structured import check_schema
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -71,6 +72,10 @@ def _part(value: Any, path: str, media: MediaLimits) -> str:
     checks: dict[str, f.Check] = {"type": f.one_of("text"), "text": f.text(ANY_LENGTH)}
     if isinstance(value, dict) and value.get("type") == IMAGE:
         check_image_part(value, path, media)
+    if isinstance(value, dict) and value.get("type") == AUDIO:
+        check_audio_part(value, path, media)
+    if isinstance(value, dict) and value.get("type") == VIDEO:
+        check_video_part(value, path, media)
     if isinstance(value, dict) and value.get("type") not in (None, "text"):
         checks["type"](value["type"], f"{path}.type")
     text: str = f.check_object(value, path, checks, required=("type", "text"))["text"]
