@@ -190,7 +190,7 @@ def server_config(model: Path, flags: dict[str, Any]) -> ServerConfig:
     limits = ServerLimits(**{name: flags.pop(name) for name in ServerLimits.__struct_fields__})
     budget = Budget(**{name: flags.pop(f"key_{name}") for name in Budget.__struct_fields__})
     api_key_file: Path | None = flags.pop("api_key_file")
-    keys = {
+    keys: dict[str, Any] = {
         "api_keys": (*flags.pop("api_key"), *key_from_environment(KEY_VARIABLE)),
         "api_key_file": None if api_key_file is None else str(api_key_file),
         "admin_keys": (*_admin_keys(flags.pop("admin_key_file")), *key_from_environment(ADMIN_KEY_VARIABLE)),
