@@ -318,14 +318,29 @@ def test_a_custom_processor_by_name_and_one_that_raises():
         sampler.add_row(1, SamplingParams(logits_processors=["nope"]), [1], [], [])
 
 
+def mixed(z):
+    """SplitMix64's step in whole numbers of Python."""
+    z = (z + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 10_000))
-def test_uniform_numbers_are_in_range_and_depend_on_both(seed, position):
-    seed = sampling_ops.seed_of(seed)
-    number = sampling_ops.uniform(seed, position)
-    assert 0 <= number < 1
-    assert number != sampling_ops.uniform(seed, position + 1)
-    assert number != sampling_ops.uniform(seed ^ 1, position)
+@given(st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), st.integers(0, 10_000)), min_size=1, max_size=5))
+def test_a_row_has_the_number_of_its_seed_and_position_whatever_is_beside_it(rows):
+    seeds = np.asarray([sampling_ops.seed_of(seed) for seed, _ in rows], np.uint64)
+    positions = np.asarray([position for _, position in rows])
+    wanted = [
+        mixed(mixed(int(seed)) ^ (position * 0x9E3779B97F4A7C15 % 2**64))
+        for seed, (_, position) in zip(seeds, rows, strict=True)
+    ]
+    assert sampling_ops.counter_seeds(seeds, positions).tolist() == wanted
+    numbers = sampling_ops.uniforms(seeds, positions)
+    assert numbers.tolist() == [number / 2**64 for number in (one >> 11 << 11 for one in wanted)]
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    assert (numbers != sampling_ops.uniforms(seeds, positions + 1)).all()
+    assert (numbers != sampling_ops.uniforms(seeds ^ np.uint64(1), positions)).all()
 
 
 def test_draw_never_takes_an_impossible_token():

@@ -22,7 +22,7 @@ from servekit.layers.weights import Weights
 
 pytestmark = pytest.mark.skipif(runs_triton(DEVICE) is not None, reason="triton does not run here")
 KINDS = ["int8", "fp8", "int4"]
-linear = "servekit.kernels.quantized_linear.triton_backend"
+linear = "servekit.kernels.quantized_linear.triton_w8"
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def test_keys_and_values_behind_two_to_the_31_are_written_and_read_by_triton():
 def test_the_weights_of_experts_behind_two_to_the_31_are_read_by_triton():
     from servekit.kernels.fused_moe.triton_backend import fused_moe
 
-    hidden, inner = 4096, 2048
+    hidden, inner = 2112, 1024
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, hidden, generator=generator).to(DEVICE)
     weights = torch.ones(2, 1, device=DEVICE)

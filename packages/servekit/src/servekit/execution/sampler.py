@@ -72,6 +72,8 @@ class Sampler:
         self._argmax = argmax_for(self.device)
         self._rows: dict[int, SamplerRow] = {}
         self._special: set[int] = set()  # slots that want more than their most likely token
+        self._looked_at: set[int] = set()  # slots that are not always drawn by the device alone
+        self._adjusted: set[int] = set()  # slots with penalties or biases
         self._grammars: set[int] = set()
         self._penalties = PenaltyTable(vocab_size, self.device)
         self._columns = {
@@ -87,6 +89,7 @@ class Sampler:
             )
         }
         self._top_k = np.full(max_num_seqs, vocab_size, np.int64)
+        self._seeds = np.zeros(max_num_seqs, np.uint64)
 
     def add_row(
         self,
@@ -110,13 +113,13 @@ class Sampler:
             column[slot] = getattr(params, name)
         if params.is_greedy:
             self._columns["temperature"][slot] = 0.0
+        self._seeds[slot] = ops.seed_of(params.seed)
         self._top_k[slot] = params.top_k if params.top_k > 0 else self.vocab_size
         row = SamplerRow(
             params,
             prompt_ids,
             list(output_ids),
             [*params.stop_token_ids, *([] if params.ignore_eos else eos_token_ids)],
-            ops.seed_of(params.seed),
             grammar,
             make_processors(params, self._processors),
         )
@@ -128,6 +131,10 @@ class Sampler:
         self._rows[slot] = row
         if row.is_special:
             self._special.add(slot)
+        if row.is_looked_at:
+            self._looked_at.add(slot)
+        if row.is_adjusted:
+            self._adjusted.add(slot)
         if grammar is not None:
             self._grammars.add(slot)
 
@@ -135,8 +142,8 @@ class Sampler:
         row = self._rows.pop(slot)
         if row.penalties is not None:
             self._penalties.remove(row.penalties)
-        self._special.discard(slot)
-        self._grammars.discard(slot)
+        for slots in (self._special, self._looked_at, self._adjusted, self._grammars):
+            slots.discard(slot)
 
     @property
     def has_grammars(self) -> bool:
@@ -151,7 +158,7 @@ class Sampler:
         """Whether the device can draw for all ``slots`` alone: the host need not know what came before."""
         if self._kernel is None:
             return False
-        rows = [self._rows[slot] for slot in slots if slot in self._special]
+        rows = [self._rows[slot] for slot in slots if slot in self._looked_at]
         return not any(row.is_edited or row.params.logprobs is not None or row.params.typical_p < 1 for row in rows)
 
     def draw_unseen(self, logits: Tensor, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -159,9 +166,10 @@ class Sampler:
 
         A row whose highest logit is not finite has no token. ``logits`` may be changed.
         """
-        rows = [self._rows[slot] for slot in slots]
-        self._add_biases(logits, rows)
-        penalised = self._penalise(logits, slots, rows)
+        rows, penalised = [self._rows[slot] for slot in slots], None
+        if not self._adjusted.isdisjoint(slots):
+            self._add_biases(logits, rows)
+            penalised = self._penalise(logits, slots, rows)
         tokens, highest = self._by_kernel(logits, np.asarray(slots), rows)
         if penalised is not None:
             self._penalties.count(penalised[1], tokens[penalised[0]])
@@ -195,9 +203,9 @@ class Sampler:
             logits = logits.index_copy(0, at, self._limited(logits[at], slots[typical]))
             floats[:, typical] = [[1.0], [1.0], [0.0]]
             top_k[typical] = self.vocab_size
-        seeds = [ops.counter_seed(row.seed, len(row.output_ids)) for row in rows]
+        seeds = ops.counter_seeds(self._seeds[slots], _lengths(rows))
         temperature, top_p, min_p = to_device(floats, self.device)
-        whole = to_device(np.stack([np.asarray(seeds, np.uint64).view(np.int64), top_k]), self.device)
+        whole = to_device(np.stack([seeds.view(np.int64), top_k]), self.device)
         return self._kernel(logits, temperature, whole[1].to(torch.int32), top_p, min_p, whole[0].contiguous())
 
     @property
@@ -314,8 +322,8 @@ class Sampler:
             return greedy, highest
         at = self._on_device(drawing)
         limited = self._limited(logits if len(drawing) == len(slots) else logits[at], slots[drawing])
-        uniforms = [ops.uniform(rows[i].seed, len(rows[i].output_ids)) for i in drawing]
-        drawn = ops.draw(limited, torch.tensor(uniforms, dtype=torch.float64, device=self.device))
+        uniforms = ops.uniforms(self._seeds[slots[drawing]], _lengths([rows[i] for i in drawing]))
+        drawn = ops.draw(limited, to_device(uniforms, self.device))
         return greedy.index_copy(0, at, drawn), highest
 
     def _limited(self, logits: Tensor, slots: np.ndarray) -> Tensor:
@@ -360,6 +368,11 @@ class Sampler:
         counts = [rows[i].params.logprobs or 0 for i in wanted]
         entries = token_logprobs(raw[wanted], [output.token_ids[i] for i in wanted], counts)
         return {slots[i]: entry for i, entry in zip(wanted, entries, strict=True)}
+
+
+def _lengths(rows: Sequence[SamplerRow]) -> NDArray[np.int64]:
+    """How many tokens each has said."""
+    return np.fromiter((len(row.output_ids) for row in rows), np.int64, len(rows))
 
 
 def _told(error: Exception, place: str) -> str:

@@ -35,7 +35,6 @@ class SamplerRow:
     prompt_ids: Sequence[int]
     output_ids: list[int]
     banned_early: list[int]  # until min_tokens are out
-    seed: int
     grammar: Grammar | None
     processors: list[LogitsProcessor]
     allowed: Words | None = None  # by allowed_token_ids and bad words of one token; None for all
@@ -48,6 +47,18 @@ class SamplerRow:
         """Whether anything but the most likely token is ever asked for, or what came before matters."""
         p = self.params
         return bool(self.is_edited or p.logit_bias or p.logprobs is not None or not p.is_greedy) or self.is_penalised
+
+    @property
+    def is_looked_at(self) -> bool:
+        """Whether the host ever has to look at it before or after a token."""
+        p = self.params
+        asked = p.min_tokens > 0 or p.logprobs is not None or p.typical_p < 1
+        return bool(asked or self.is_edited)
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether its logits are changed by numbers that do not depend on what the host has seen."""
+        return bool(self.params.logit_bias) or self.is_penalised
 
     @property
     def is_penalised(self) -> bool:

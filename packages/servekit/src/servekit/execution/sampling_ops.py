@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import secrets
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 OUT = float("-inf")
 LOOKED_AT = 1024  # most likely tokens that top-p looks at before it sorts them all
 MASK64 = (1 << 64) - 1
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def seed_of(seed: int | None) -> int:
     return secrets.randbits(64) if seed is None else seed & MASK64
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) for the token at ``position`` of the output: a hash, so nothing else changes it.
+def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each row's token at a position of its output: a hash, so nothing else changes it."""
+    return (counter_seeds(seeds, positions) >> np.uint64(11)) * 2.0**-53
+
+
+def counter_seeds(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """64 bits for each row that seed the noise of its token at a position of its output.
 
     Source: SplitMix64, Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
-    return (counter_seed(seed, position) >> 11) * 2.0**-53
+    return _mixed(_mixed(seeds) ^ (positions.astype(np.uint64) * GOLDEN))
 
 
-def counter_seed(seed: int, position: int) -> int:
-    """64 bits that seed the noise of the token at ``position`` of the output."""
-    return _mix(_mix(seed) ^ (position * 0x9E3779B97F4A7C15 & MASK64))
-
-
-def _mix(z: int) -> int:
-    z = (z + 0x9E3779B97F4A7C15) & MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
-    return z ^ (z >> 31)
+def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Whole numbers of 64 bits wrap around."""
+    z = z + GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def keep_min_p(logits: Tensor, min_p: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from servekit.kernels.moe_align.alignment import Alignment
 from servekit.kernels.moe_align.triton_backend import align
 from servekit.kernels.quantize.triton_backend import quantize
 from servekit.kernels.quantized_linear.tiles import Tiles, measured_tiles
-from servekit.kernels.quantized_linear.triton_backend import span_of, span_product, tile_of
+from servekit.kernels.quantized_linear.triton_tiles import tile_of
+from servekit.kernels.quantized_linear.triton_w4 import span_of, span_product
 from servekit.kernels.quantized_linear.weights import BLOCK, HALF, MIDDLE
 from servekit.kernels.tuning import bucket, stages
 
