@@ -20,7 +20,7 @@ from servekit.kernels.moe_align.triton_backend import align
 from servekit.kernels.quantize.triton_backend import quantize
 from servekit.kernels.quantized_linear.tiles import Tiles, measured_tiles
 from servekit.kernels.quantized_linear.triton_tiles import tile_of
-from servekit.kernels.quantized_linear.triton_w4 import span_of, span_product
+from servekit.kernels.quantized_linear.triton_w4 import few_groups, span_of, span_product
 from servekit.kernels.quantized_linear.weights import BLOCK, HALF, MIDDLE
 from servekit.kernels.tuning import bucket, stages
 
@@ -31,22 +31,25 @@ TOGETHER = 8  # row tiles that run side by side
 SUMS = 1024  # columns of a program that adds
 
 
-def moe_tiles(num_pairs: int, num_experts: int, kind: int, *, gated: bool) -> Tiles:
+def moe_tiles(num_pairs: int, num_experts: int, kind: int, *, gated: bool, small_groups: bool = False) -> Tiles:
     """Safe tiles for any device: as high as an expert has rows on the average.
 
     Args:
         kind: of the weights; what becomes wider in registers gets smaller tiles.
         gated: two matrices at once, so half as many columns.
+        small_groups: of int4, whose scales are then as many as a tile's elements.
     """
     inner = {DENSE: 64, CHANNELS: 64, BLOCKS: BLOCK, INT4: 2 * HALF, EIGHT: 128}[kind]
     average = num_pairs / num_experts
     rows = 16 if average <= 16 else 32 if average <= 32 else 64
     if average > 64 and kind != INT4:
         rows = 128
-    narrow = kind == INT4 and gated
+    narrow = kind == INT4 and (gated or small_groups)
     if rows <= 32:
         return Tiles(rows=rows, cols=32 if narrow else 64, inner=inner)
     cols = 32 if narrow else 64 if gated or kind == INT4 else 128
+    if small_groups:
+        return Tiles(rows=rows, cols=cols, inner=inner, num_warps=8, num_stages=2)
     return Tiles(rows=rows, cols=cols, inner=inner, num_warps=4 if narrow else 8)
 
 
@@ -316,7 +319,7 @@ def _grouped(
         width,
         group,
         SLOTS=slots,
-        **_constants(_kind(weights), cut, group % HALF == 0 or group >= width, gated=gated),
+        **_constants(_kind(weights), cut, few_groups(group, width), gated=gated),
         num_warps=cut.num_warps,
         num_stages=stages(cut.num_stages),
     )
@@ -328,13 +331,17 @@ def _tiles(weights: ExpertWeights, num_pairs: int, *, gated: bool) -> Tiles:
     kind, (num_experts, out, width) = _kind(weights), weights.shape
     return measured_tiles(
         tuned_name(_KINDS[kind]),
-        moe_tiles(num_pairs, num_experts, kind, gated=gated),
+        moe_tiles(num_pairs, num_experts, kind, gated=gated, small_groups=_has_small_groups(weights)),
         most_cols=BLOCK if kind == BLOCKS else 256,
         pairs=bucket(num_pairs),
         experts=num_experts,
         out=out,
         width=width,
     )
+
+
+def _has_small_groups(weights: ExpertWeights) -> bool:
+    return _kind(weights) == INT4 and not few_groups(_parts(weights)[3], weights.shape[2])
 
 
 def tuned_name(kind: str) -> str:
@@ -374,8 +381,8 @@ def _constants(kind: int, cut: Tiles, few_groups: bool, *, gated: bool) -> dict[
     }
 
 
-def _specialization(kind: int, average: int, *, gated: bool) -> Specialization:
-    cut = moe_tiles(average * 128, 128, kind, gated=gated)
+def _specialization(kind: int, average: int, *, gated: bool, small_groups: bool = False) -> Specialization:
+    cut = moe_tiles(average * 128, 128, kind, gated=gated, small_groups=small_groups)
     x = {BLOCKS: "*fp8e4nv", EIGHT: "*i8"}.get(kind, "*bf16")
     weight = {DENSE: "*bf16", CHANNELS: "*i8", BLOCKS: "*fp8e4nv", INT4: "*u8", EIGHT: "*i8"}[kind]
     pointers = {"x_ptr": x, "weight_ptr": weight, "pairs_ptr": "*i32", "tile_experts_ptr": "*i32"}
@@ -388,10 +395,11 @@ def _specialization(kind: int, average: int, *, gated: bool) -> Specialization:
         pointers["x_scales_ptr"] = "*fp32"
         absent.remove("x_scales_ptr")
     sizes = {"num_pairs": "i32", "num_tiles": "i32", "out": "i32:16", "width": "i32:16", "group": "i32"}
-    constants = _constants(kind, cut, True, gated=gated) | {"SLOTS": 8 if gated else 1}
+    constants = _constants(kind, cut, not small_groups, gated=gated) | {"SLOTS": 8 if gated else 1}
+    groups = ", groups of 32" if small_groups else ""
     return Specialization(
         kernel=_experts,
-        name=f"{_NAMES[kind]}, {'gate and up' if gated else 'down'}, tiles of {cut.rows} x {cut.cols}",
+        name=f"{_NAMES[kind]}{groups}, {'gate and up' if gated else 'down'}, tiles of {cut.rows} x {cut.cols}",
         signature=pointers | sizes,
         constants=constants | dict.fromkeys(absent),
         num_warps=cut.num_warps,
@@ -404,6 +412,7 @@ SPECIALIZATIONS = (
     *(_specialization(kind, 1, gated=True) for kind in _NAMES),
     *(_specialization(kind, 512, gated=True) for kind in _NAMES),
     *(_specialization(kind, 512, gated=False) for kind in _NAMES),
+    *(_specialization(INT4, 512, gated=gated, small_groups=True) for gated in (True, False)),
     Specialization(
         kernel=_combine,
         name="bf16, 8 slots, with shared experts",

@@ -130,16 +130,16 @@ def w4a16_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, t
     safe = int4_tiles(len(x), weight)
     cut = tiles or measured_tiles("w4a16", safe, tokens=bucket(len(x)), out=out, width=width)
     operands = (x, weight.packed, weight.scales, weight.zeros)
-    constants = {"FEW_GROUPS": _few_groups(weight.group, width), "HALF": HALF, "MIDDLE": MIDDLE}
+    constants = {"FEW_GROUPS": few_groups(weight.group, width), "HALF": HALF, "MIDDLE": MIDDLE}
     return in_splits(w4a16_tiles, operands, (len(x), out, width, weight.group), bias, cut, x.dtype, constants)
 
 
 def int4_tiles(tokens: int, weight: Int4Weight) -> Tiles:
     """Tiles for a product with ``weight``: small groups have a scale for each element of a tile to be kept as well."""
     cut = tiles_for(tokens, weight.packed.shape[1], weight.in_features, SPAN, unpacks=True)
-    return cut if _few_groups(weight.group, weight.in_features) else replace(cut, cols=32, num_stages=2)
+    return cut if few_groups(weight.group, weight.in_features) else replace(cut, cols=32, num_stages=2)
 
 
-def _few_groups(group: int, width: int) -> bool:
+def few_groups(group: int, width: int) -> bool:
     """Whether half a span is never of two groups."""
     return group % HALF == 0 or group >= width
