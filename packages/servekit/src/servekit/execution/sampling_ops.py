@@ -21,7 +21,9 @@ def seed_of(seed: int | None) -> int:
 
 def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
     """A number in [0, 1) for each row's token at a position of its output: a hash, so nothing else changes it."""
-    return (counter_seeds(seeds, positions) >> np.uint64(11)) * 2.0**-53
+    numbers = (counter_seeds(seeds, positions) >> np.uint64(11)).astype(np.float64)
+    numbers *= 2.0**-53
+    return numbers
 
 
 def counter_seeds(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.uint64]:
