@@ -23,7 +23,8 @@ from common_platform.embedded import smollm2
 from make_peers import python_of
 
 THREADS = 2
-SETTINGS = {"batch_size": 8, "lr": 1e-4, "weight_decay": 0.01, "beta2": 0.95, "threads": THREADS}
+SETTINGS: dict[str, Any] = {"batch_size": 8, "lr": 1e-4, "weight_decay": 0.01, "beta2": 0.95, "threads": THREADS}
+RECOMPUTED = {"none": False, "mlp": "mlp", "all": True}
 HELD_OUT = 24  # chats
 PARAMETERS = 134_515_008
 MATRIX = 4096
@@ -35,11 +36,15 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, help="optimizer steps of each side (default 6; quick 3); the first is not timed"
     )
+    parser.add_argument(
+        "--recompute", choices=("none", "mlp", "all"), default="none", help="what our side computes again in backward"
+    )
     parser.add_argument("--side", nargs=2, metavar=("MODEL", "DATA"), help="be our side of it, in this process")
     args = parser.parse_args()
     if args.side:
         train(Path(args.side[0]), Path(args.side[1]))
         return
+    SETTINGS["recompute"] = args.recompute
     steps = args.steps or (3 if args.quick else 6)
     report = Report()
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +163,7 @@ def train(model: Path, data_file: Path) -> None:
     settings = data["settings"]
     module = CausalLM.from_folder(
         model, lr=settings["lr"], weight_decay=settings["weight_decay"], betas=(0.9, settings["beta2"]),
-        decay="constant",
+        decay="constant", gradient_checkpointing=RECOMPUTED[settings["recompute"]],
     )  # fmt: skip
 
     class Steps(trainkit.Callback):

@@ -29,7 +29,8 @@ def chunked_cross_entropy(
         chunk: tokens whose logits exist at a time.
 
     Memory: ``chunk x vocab`` instead of ``tokens x vocab``, in both passes. A linear head without a bias makes its
-    gradients in the forward pass, while its logits are there; any other head computes them again in the backward pass.
+    gradients in the forward pass, while its logits are there, under autocast in its dtype; any other head computes them
+    again in the backward pass.
     On a GPU a linear head is cut along the vocabulary instead: ``trainkit.kernels.linear_cross_entropy``.
     """
     if not torch.is_grad_enabled():
@@ -38,9 +39,14 @@ def chunked_cross_entropy(
         return torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
     if backend_of(hidden.device, hidden.dtype) == TRITON and _is_linear(head):
         return linear_cross_entropy(hidden, head.weight, targets)
-    if isinstance(head, nn.Linear) and _is_plain(head, hidden.device.type):
-        found: Tensor = _LinearCrossEntropy.apply(hidden, head.weight, targets, chunk)  # type: ignore[no-untyped-call]
-        return found
+    if _is_linear(head):
+        kind = hidden.device.type
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        with torch.autocast(kind, enabled=False):
+            total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+                hidden, head.weight, targets, chunk, low
+            )
+        return total
     total = hidden.new_zeros((), dtype=torch.float32)
     for states, wanted in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
         total = total + checkpoint(_part, head, states, wanted, use_reentrant=False)
@@ -64,10 +70,6 @@ def _is_linear(head: Callable[[Tensor], Tensor]) -> TypeGuard[nn.Linear]:
     return head.bias is None and not head._forward_hooks and not head._forward_pre_hooks
 
 
-def _is_plain(head: nn.Linear, device_type: str) -> bool:
-    return _is_linear(head) and not torch.is_autocast_enabled(device_type)
-
-
 def _part(head: Callable[[Tensor], Tensor], states: Tensor, wanted: Tensor, reduction: str = "sum") -> Tensor:
     return cross_entropy(head(states).float(), wanted, reduction=reduction)
 
@@ -76,8 +78,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The loss of ``hidden @ weight.T``; both gradients are ready when it is."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, low: torch.dtype | None
+    ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        ctx.dtypes = hidden.dtype, weight.dtype
+        if low is not None:
+            hidden, weight = hidden.to(low), weight.to(low)
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
@@ -90,7 +97,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=hidden_grad[start : start + chunk])
             if weight_grad is not None:
                 _add_product(weight_grad, logits, states)
-        ctx.found = hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype)
+        found = (hidden_grad, weight_grad)
+        ctx.found = [None if part is None else part.to(kind) for part, kind in zip(found, ctx.dtypes, strict=True)]
         return total
 
     @staticmethod
@@ -99,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         found, ctx.found = ctx.found, None  # scaled in place: a second copy of a large head's gradient is too much
         if found is None:
             raise RuntimeError("chunked_cross_entropy: backward a second time; compute the loss again")
-        return (*(None if part is None else part.mul_(grad) for part in found), None, None)
+        return (*(None if part is None else part.mul_(grad) for part in found), None, None, None)
 
 
 def _loss_then_gradient(logits: Tensor, targets: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from trainkit.module import TrainModule
 from trainkit.schedules import warmup_schedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MLP = "mlp"  # what gradient_checkpointing may be beside True and False
 SETTINGS = ("lr", "weight_decay", "warmup_steps", "total_steps", "decay", "loss_chunk")
 
 
@@ -68,13 +69,14 @@ class CausalLM(TrainModule):
 
     @classmethod
     def from_folder(
-        cls, path: str | Path, *, dtype: str = "float32", gradient_checkpointing: bool = False, **settings: Any
+        cls, path: str | Path, *, dtype: str = "float32", gradient_checkpointing: bool | str = False, **settings: Any
     ) -> Self:
         """The model in ``path``, which is verified first if it is a hand-off artifact.
 
         Args:
             dtype: of the weights: float32, bfloat16 or float16.
-            gradient_checkpointing: compute activations again instead of keeping them.
+            gradient_checkpointing: compute activations again instead of keeping them; "mlp": only those of the gated
+                MLP, on a CPU.
             settings: of the constructor.
 
         Raises:
@@ -158,16 +160,20 @@ class CausalLM(TrainModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def load_model(path: str | Path, *, dtype: str = "float32", gradient_checkpointing: bool = False) -> Any:
+def load_model(path: str | Path, *, dtype: str = "float32", gradient_checkpointing: bool | str = False) -> Any:
     """A causal LM of transformers; the arguments and errors are those of ``CausalLM.from_folder``."""
     if dtype not in DTYPES:
         raise ConfigError("dtype", dtype, f"one of {tuple(DTYPES)}")
+    if gradient_checkpointing not in (True, False, MLP):
+        raise ConfigError("gradient_checkpointing", gradient_checkpointing, f"True, False or {MLP!r}")
     with open_model_folder(path):
         pass
     model = transformers().AutoModelForCausalLM.from_pretrained(
         path, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
-    if gradient_checkpointing:
+    if gradient_checkpointing == MLP:
+        states.recompute_mlp(model)
+    elif gradient_checkpointing:
         states.recompute_activations(model)
     return model
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common_platform.errors import ConfigError
 from trainkit.lm.attention import NAME, Documents, by_document
-from trainkit.lm.fused import can_fuse, fused_backbone
+from trainkit.lm.fused import RECOMPUTES_MLP, can_fuse, fused_backbone
 from trainkit.lm.tokenizer import transformers
 
 CROSS_TALK = 1e-3  # relative: far above rounding in any dtype that is tried, far below what a leak makes
@@ -44,6 +44,18 @@ def recompute_activations(model: Any) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:  # transformers before 5.20
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def recompute_mlp(model: Any) -> None:
+    """Of the activations between states compute those of the gated MLP again in the backward pass, over half of them.
+
+    Raises:
+        ConfigError: the fused layers do not compute ``model``.
+    """
+    backbone = causal_lm(model).base_model
+    if not can_fuse(backbone):
+        raise ConfigError("gradient_checkpointing", "mlp", f"True or False for {type(backbone).__name__} as it is here")
+    setattr(backbone, RECOMPUTES_MLP, True)
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **how: Any) -> Any:
