@@ -143,7 +143,7 @@ class Runtime:
         made = []
         for loader in loaders:
             if use_distributed_sampler:
-                loader = for_rank(loader, self.global_rank, self.world_size, training=True)
+                loader = for_rank(loader, self.strategy, training=True)
             made.append(RuntimeLoader(loader, self.device if move_to_device else None))
         return made[0] if len(made) == 1 else made
 
@@ -152,8 +152,15 @@ class Runtime:
         return self.precision_plugin.context(self.device)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """Compute gradients; scaled where the precision needs it."""
-        self.precision_plugin.scaled(loss).backward(**kwargs)  # type: ignore[no-untyped-call]
+        """Compute gradients; scaled where the precision needs it.
+
+        Raises:
+            RankLost: another rank did not come to average them.
+        """
+        try:
+            self.precision_plugin.scaled(loss).backward(**kwargs)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise self.strategy.explained(error)  # noqa: B904 - which is itself, or has its cause
 
     @contextlib.contextmanager
     def no_backward_sync(self, module: RuntimeModule, enabled: bool = True) -> Iterator[None]:

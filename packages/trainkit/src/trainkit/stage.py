@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainkit.data.module import DataModule
     from trainkit.module import TrainModule
     from trainkit.trainer import Trainer
+
+
+@dataclass(slots=True)
+class TrainerState:
+    """What the Trainer does, or did last."""
+
+    fn: str | None = None  # fit, validate, test, predict
+    status: str = "initializing"  # initializing, running, finished, interrupted
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+    @property
+    def stopped(self) -> bool:
+        return self.status in ("finished", "interrupted")
 
 
 class Stage:
@@ -25,6 +42,7 @@ class Stage:
 
     def __enter__(self) -> None:
         trainer = self._trainer
+        trainer.state = TrainerState(self._name, "running")
         trainer.strategy.launch()
         trainer.enter_stage(self._model, self._name, self._given, self._datamodule)
         try:
@@ -51,10 +69,13 @@ class Stage:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
         trainer, data = self._trainer, self._trainer.datamodule
         problems: list[BaseException] = []
+        shown = error
         if error is not None:
-            problems += trainer.call_each("on_exception", error)
+            shown = trainer.strategy.explained(error)
+            trainer.strategy.report(shown)  # first of all: others wait
+            problems += trainer.call_each("on_exception", shown)
             if data is not None:
-                self._run(problems, data.on_exception, error)
+                self._run(problems, data.on_exception, shown)
         self._run(problems, trainer.checkpoint_io.wait)
         for logger in trainer.loggers:
             self._run(problems, logger.finalize, "success" if error is None else "failed")
@@ -63,11 +84,14 @@ class Stage:
         if not trainer.is_nested:
             problems += trainer.call_each("teardown", stage=self._name)
         trainer.leave_stage()
+        trainer.state.status = "finished" if error is None else "interrupted"
         if error is None and problems:
             raise problems[0]
         for problem in problems:  # the first error is the one that counts; the others go with it
-            if error is not None:
-                error.add_note(f"and while ending: {type(problem).__name__}: {problem}")
+            if shown is not None:
+                shown.add_note(f"and while ending: {type(problem).__name__}: {problem}")
+        if shown is not error and shown is not None:
+            raise shown from shown.__cause__  # which may stand in the chain of the error itself
 
     @staticmethod
     def _run(problems: list[BaseException], what: Any, *arguments: Any) -> None:

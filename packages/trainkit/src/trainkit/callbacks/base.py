@@ -94,3 +94,8 @@ class Checkpoint(Callback):
 
     keeps_checkpoints = True
     watches_metrics = True
+
+    @staticmethod
+    def may_save_after(exception: BaseException, trainer: Trainer) -> bool:
+        """Whether all ranks come to save: an exception may be one rank's own, and it would wait for the others."""
+        return trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class OnExceptionCheckpoint(Checkpoint):
-    """Saves ``dirpath/filename.ckpt`` when training is left by an exception, Ctrl-C included.
+    """Saves ``dirpath/filename.ckpt`` when training is left by an exception, Ctrl-C included; on several ranks by
+    Ctrl-C only, since what one rank raises the others do not.
 
     Args:
         dirpath: the folder.
@@ -33,5 +34,5 @@ class OnExceptionCheckpoint(Checkpoint):
         return str(self.dirpath / (self.filename + self.FILE_EXTENSION))
 
     def on_exception(self, trainer: Trainer, pl_module: TrainModule, exception: BaseException) -> None:
-        if trainer.is_fitting:
+        if trainer.is_fitting and self.may_save_after(exception, trainer):
             trainer.save_checkpoint(self.ckpt_path)

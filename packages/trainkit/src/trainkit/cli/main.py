@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common_platform.errors import CheckpointIncomplete, ConfigError, PlatformError, TrainingError, exit_code
+from common_platform.errors import (
+    CheckpointIncomplete,
+    ConfigError,
+    DistError,
+    PlatformError,
+    TrainingError,
+    exit_code,
+)
 
 TOPICS = ("resume", "export", "plot", "info")
 DESCRIPTION = """Train, evaluate and predict. Beside the commands below there are:
@@ -36,12 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug or isinstance(error, TrainingError):
             traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
+        return _status_of(error)
     return 0
 
 
 def run() -> None:
     sys.exit(main())
+
+
+def _status_of(error: PlatformError) -> int:
+    if not isinstance(error, DistError):
+        return exit_code(error)
+    from trainkit.strategies.launch import status_of  # a rank's own error counts before those that it has caused
+
+    return status_of(error)
 
 
 def _train(arguments: Sequence[str]) -> Any:

@@ -17,6 +17,7 @@ from trainkit.checkpoint import load_weights
 class Strategy(ABC):
     """One module on one or many devices. What is here is right for one rank."""
 
+    name: str = "custom"
     device: torch.device
     rank: int = 0
     local_rank: int = 0
@@ -86,6 +87,13 @@ class Strategy(ABC):
 
     def barrier(self, name: str = "") -> None:
         """Wait for all ranks."""
+
+    def report(self, error: BaseException) -> None:
+        """This rank is going to end by ``error``: let the others know."""
+
+    def explained(self, error: BaseException) -> BaseException:
+        """``error``, or what it comes from where another rank is its cause."""
+        return error
 
     def teardown(self) -> None:
         """A stage is over: let go of what ``setup`` made."""

@@ -16,7 +16,7 @@ from common_platform.errors import ConfigError
 from common_platform.platforms import detect
 from trainkit.strategies import process_group
 from trainkit.strategies.base import Strategy
-from trainkit.strategies.launch import is_launched, start_ranks, watch_parent
+from trainkit.strategies.launch import end_with_status, is_launched, start_ranks, watch_parent
 from trainkit.strategies.sync_batchnorm import synchronize
 
 
@@ -29,6 +29,8 @@ class DDPStrategy(Strategy):
         rendezvous_timeout: for all ranks to arrive.
         settings: of ``DistributedDataParallel``, such as ``find_unused_parameters``.
     """
+
+    name = "ddp"
 
     def __init__(
         self,
@@ -68,7 +70,10 @@ class DDPStrategy(Strategy):
         if not is_launched():
             start_ranks(self._count)
         watch_parent()
-        process_group.join_group(self._backend_for_device(), self._rendezvous_timeout, self._timeout)
+        try:
+            process_group.join_group(self._backend_for_device(), self._rendezvous_timeout, self._timeout)
+        finally:
+            end_with_status()
 
     def _backend_for_device(self) -> str:
         if self._backend is not None:
@@ -107,7 +112,9 @@ class DDPStrategy(Strategy):
     def training_step(self, *arguments: Any) -> Any:
         if self._wrapped is None:
             return super().training_step(*arguments)
-        return self._wrapped("training_step", *arguments)
+        found = self._wrapped("training_step", *arguments)
+        process_group.advance()  # to the averages of its gradients
+        return found
 
     def gradient_sync(self, enabled: bool) -> AbstractContextManager[Any]:
         if self.world_size == 1 or enabled:
@@ -143,6 +150,13 @@ class DDPStrategy(Strategy):
     def barrier(self, name: str = "") -> None:
         if self.world_size > 1:
             process_group.barrier(name)
+
+    def report(self, error: BaseException) -> None:
+        if self.world_size > 1 and isinstance(error, Exception):
+            process_group.report(error)
+
+    def explained(self, error: BaseException) -> BaseException:
+        return error if self.world_size == 1 else process_group.explained(error) or error
 
 
 class _Steps(nn.Module):

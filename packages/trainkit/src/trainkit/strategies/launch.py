@@ -9,12 +9,16 @@ import subprocess
 import sys
 import threading
 import time
+from types import TracebackType
 
-from common_platform.errors import ConfigError
+from common_platform.errors import ConfigError, DistError, exit_code
 
 LOOK_EVERY_S = 0.2
 GRACE_S = 5.0  # for the main thread to end by itself when another rank is lost
 END_S = 20.0  # for the other ranks to end when this one has
+HURRY_S = 1.0  # for the same, when this one ends by an error
+LOST = exit_code(DistError())
+FAILED = "rank_failed"  # the code of an error that another rank's own error has caused
 PARENT = "TRAINKIT_PARENT"  # the process id of the rank that started this one
 
 
@@ -41,12 +45,11 @@ def start_ranks(count: int) -> None:
         "LOCAL_WORLD_SIZE": str(count),
     }
     os.environ |= shared | {"RANK": "0", "LOCAL_RANK": "0"}
-    children: dict[int, subprocess.Popen[bytes]] = {}
-    atexit.register(_end, children)
+    atexit.register(_end)
     for rank in range(1, count):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), PARENT: str(os.getpid())}
-        children[rank] = subprocess.Popen(command, env=os.environ | own)
-    threading.Thread(target=_watch_ranks, args=(children,), daemon=True, name="watch-ranks").start()
+        _children[rank] = subprocess.Popen(command, env=os.environ | own)
+    threading.Thread(target=_watch_ranks, daemon=True, name="watch-ranks").start()
 
 
 def watch_parent() -> None:
@@ -56,17 +59,58 @@ def watch_parent() -> None:
         threading.Thread(target=_watch_parent, args=(parent,), daemon=True, name="watch-parent").start()
 
 
-def _watch_ranks(children: dict[int, subprocess.Popen[bytes]]) -> None:
+_children: dict[int, subprocess.Popen[bytes]] = {}  # the ranks that this process has started
+_failed = threading.Event()  # whether this process ends by an error
+
+
+def end_with_status() -> None:
+    """A program that is left by an error does not wait for its ranks, and one that has lost a rank ends with the status
+    that says so, not with Python's 1.
+
+    To be called when the group is there: torch puts a hook of its own around the one that it finds.
+    """
+    before = sys.excepthook
+    if getattr(before, "ends_with_status", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+        before(kind, error, at)
+        _failed.set()
+        if isinstance(error, DistError):
+            raise SystemExit(status_of(error))
+
+    hook.ends_with_status = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
+
+
+def status_of(error: DistError) -> int:
+    """What this process ends with: the status of the first failure, which may be another rank's own error."""
+    _failed.set()
+    deadline = time.monotonic() + (END_S if error.code == FAILED and _children else 0.0)
+    while time.monotonic() < deadline:
+        failed = [code for child in _children.values() if (code := child.poll())]
+        if failed:
+            return _status(failed[0])
+        time.sleep(LOOK_EVERY_S / 4)
+    return exit_code(error)
+
+
+def _status(code: int) -> int:
+    """Of a rank that ended by itself; a signal's is that of a lost rank."""
+    return code if 0 < code < 128 else LOST
+
+
+def _watch_ranks() -> None:
     while True:
         time.sleep(LOOK_EVERY_S)
-        codes = {rank: child.poll() for rank, child in children.items()}
+        codes = {rank: child.poll() for rank, child in _children.items()}
         failed = {rank: code for rank, code in codes.items() if code not in (None, 0)}
         if failed:
             rank, code = next(iter(failed.items()))
             print(f"error: rank {rank} ended with status {code}; its own error is above", file=sys.stderr, flush=True)
             time.sleep(GRACE_S)
-            _end(children, wait_s=0.0)
-            os._exit(code if 0 < code < 128 else 6)
+            _end(wait_s=0.0)
+            os._exit(_status(code))
         if all(code == 0 for code in codes.values()):
             return
 
@@ -74,21 +118,26 @@ def _watch_ranks(children: dict[int, subprocess.Popen[bytes]]) -> None:
 def _watch_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(LOOK_EVERY_S)
-    os._exit(6)
+    print("error: rank 0, which started the others, is gone", file=sys.stderr, flush=True)
+    os._exit(LOST)
 
 
-def _end(children: dict[int, subprocess.Popen[bytes]], wait_s: float = END_S) -> None:
-    deadline = time.monotonic() + wait_s
-    while any(child.poll() is None for child in children.values()) and time.monotonic() < deadline:
-        time.sleep(LOOK_EVERY_S / 4)
-    for child in children.values():
+def _end(wait_s: float = END_S) -> None:
+    _wait(HURRY_S if _failed.is_set() else wait_s)
+    for child in _children.values():
         if child.poll() is None:
             child.terminate()
-    for child in children.values():
-        try:
-            child.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
+    _wait(HURRY_S if _failed.is_set() else GRACE_S)
+    for child in _children.values():
+        if child.poll() is None:
+            child.kill()  # also one that is stopped
+            child.wait()
+
+
+def _wait(wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
+    while any(child.poll() is None for child in _children.values()) and time.monotonic() < deadline:
+        time.sleep(LOOK_EVERY_S / 4)
 
 
 def _free_port() -> int:

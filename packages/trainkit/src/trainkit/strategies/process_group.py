@@ -9,15 +9,19 @@ import time
 import weakref
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common_platform.errors import CollectiveMismatch, ConfigError, RankLost, RendezvousTimeout
+from common_platform.errors import CollectiveMismatch, ConfigError, DistError, RankLost, RendezvousTimeout
+from trainkit.strategies import roll_call
+from trainkit.strategies.launch import FAILED
 
 OPERATIONS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+MOST_WORDS = 120  # of a library's own error
 LET_GO_S = 5.0  # for threads of an operation that failed; others take a moment
 REQUIRED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 
@@ -27,21 +31,90 @@ def join_group(backend: str, rendezvous_timeout: timedelta, timeout: timedelta) 
 
     Raises:
         ConfigError: the environment does not name them.
-        RendezvousTimeout: some did not come in time.
+        RendezvousTimeout: some did not come in time; they are named.
     """
     if dist.is_initialized():
         return
     missing = [name for name in REQUIRED if name not in os.environ]
     if missing:
         raise ConfigError("environment", f"no {', '.join(missing)}", "what torchrun sets")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        dist.init_process_group(backend, timeout=rendezvous_timeout)
+        store = _meet(rank, world_size, rendezvous_timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=rendezvous_timeout)
         barrier("the start", rendezvous_timeout)
         dist.distributed_c10d._set_pg_timeout(timeout)
-    except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
-        raise RendezvousTimeout("ranks", f"not all of {os.environ['WORLD_SIZE']} came", f"within {rendezvous_timeout}",
-                                flag="rendezvous_timeout") from error  # fmt: skip
+    except RuntimeError as error:  # torch's own are of this kind
+        if isinstance(error, RendezvousTimeout):
+            raise
+        raise _did_not_come("some", world_size, rendezvous_timeout) from error
     atexit.register(_leave)
+    _call_roll(rank, world_size)
+
+
+def _meet(rank: int, world_size: int, timeout: timedelta) -> Any:
+    """The job's store, when every rank has come to it."""
+    try:
+        keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+        store = roll_call.store_of_job(rank, world_size, timeout, keeps=keeps)
+    except RuntimeError as error:
+        raise _did_not_come("rank 0 or the launcher", world_size, timeout) from error
+    here = {other: f"here/{other}" for other in range(world_size)}
+    store.set(here[rank], "")
+    try:
+        store.wait(list(here.values()), timeout)
+    except RuntimeError as error:
+        absent = [str(other) for other, name in here.items() if not store.check([name])]
+        raise _did_not_come(f"rank {', '.join(absent)}", world_size, timeout) from error
+    return store
+
+
+def _did_not_come(who: str, world_size: int, timeout: timedelta) -> RendezvousTimeout:
+    return RendezvousTimeout("ranks", f"{who} of {world_size} did not come", f"all within {timeout}",
+                             flag="rendezvous_timeout")  # fmt: skip
+
+
+_roll: roll_call.RollCall | None = None
+
+
+def _call_roll(rank: int, world_size: int) -> None:
+    global _roll
+    connect = partial(roll_call.store_of_job, rank, world_size, timedelta(seconds=30), keeps=False)
+    _roll = roll_call.RollCall(connect, rank, world_size)
+    _roll.begin()
+
+
+def advance() -> None:
+    """This rank has come to its next operation: those that wait for it learn how far it is."""
+    if _roll is not None:
+        _roll.advance()
+
+
+def report(error: BaseException) -> None:
+    """Tell the other ranks why this one ends, unless it ends because of another."""
+    if _roll is not None and not isinstance(error, DistError):
+        _roll.report(error)
+
+
+def explained(error: BaseException) -> RankLost | None:
+    """``error`` of a user's hook, of forward or of backward, where it comes from an operation of the group."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, RankLost):
+            return None if cause is error else cause
+        if isinstance(cause, dist.DistError) or (isinstance(cause, RuntimeError) and "/gloo/" in str(cause)):
+            found = _lost("an operation of all ranks", cause)
+            found.__cause__ = cause
+            return found
+        cause = cause.__cause__
+    return None
+
+
+def _lost(what: str, error: BaseException) -> RankLost:
+    reason = str(error).splitlines()[0][:MOST_WORDS]
+    who = _roll.missing() if _roll is not None else "some rank is gone"
+    code = FAILED if roll_call.ENDED in who else None
+    return RankLost(what, reason, code=code, message=f"{what}: {who}; allowed all ranks, in time ({reason})")
 
 
 def _leave() -> None:
@@ -51,6 +124,8 @@ def _leave() -> None:
     that is gone is ended by force, and the process with it ("terminate called without an active exception").
     Destroying the group does not end its threads where a ``DistributedDataParallel`` has used it.
     """
+    if _roll is not None:
+        _roll.end()
     if not dist.is_initialized():
         return
     deadline = time.monotonic() + LET_GO_S
@@ -137,12 +212,12 @@ _lent: list[weakref.ref[Tensor]] = []  # what operations were given, until the g
 
 
 def _run(what: str, operation: Any, *arguments: Any) -> None:
+    advance()
     _lent[:] = [reference for reference in _lent if reference() is not None]
     try:
         operation(*(_lend(argument) for argument in arguments))
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise RankLost(what, reason, "all ranks, in time") from error
+        raise _lost(what, error) from error
 
 
 def _lend(argument: Any) -> Any:

@@ -11,6 +11,8 @@ from trainkit.strategies.base import Strategy
 class SingleDevice(Strategy):
     """The whole module on ``device``."""
 
+    name = "single"
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._module: nn.Module = nn.Identity()
