@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from common_platform.errors import CheckpointError, CheckpointWorldSizeError
+from common_platform.errors import CheckpointError, CheckpointWorldSizeError, CheckpointWriteError
 from trainkit.checkpoint.tree import join, split
 from trainkit.data.seed import rng_state
 from trainkit.loop.fit import Progress
@@ -17,6 +18,7 @@ from trainkit.metric_states import load_metric_states, metric_states, name_of
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
 
+WHOLE = "whole"  # how the tensors of a checkpoint lie: any strategy can begin with those that are not cut
 PLAIN = (bool, int, float, str, list, tuple, dict, Tensor, type(None))
 
 
@@ -30,6 +32,7 @@ def dump(trainer: Trainer, *, weights_only: bool = False) -> dict[str, Any]:
     state: dict[str, Any] = {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
+        "strategy": {"name": trainer.strategy.name, "layout": WHOLE},
         "state_dict": trainer.strategy.state_dict(),
         "hyper_parameters": plain(module.hparams),
     }
@@ -55,6 +58,28 @@ def dump(trainer: Trainer, *, weights_only: bool = False) -> dict[str, Any]:
     return state
 
 
+def save(trainer: Trainer, path: str | Path, *, weights_only: bool = False) -> None:
+    """Write the state to ``path``: the first rank does, and the others learn how it went.
+
+    Raises:
+        CheckpointWriteError: it could not be written.
+    """
+    if trainer.fit_loop is not None:
+        trainer.fit_loop.optimization.look()
+    state = dump(trainer, weights_only=weights_only)
+    problem: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            trainer.checkpoint_io.save(path, state.pop("state_dict"), state)
+        except Exception as error:  # noqa: BLE001 - raised again below, once the other ranks know
+            problem = error
+    is_written = trainer.strategy.broadcast_plain(problem is None)
+    if problem is not None:
+        raise problem
+    if not is_written:
+        raise CheckpointWriteError("checkpoint", "not written by rank 0", "what its own error says")
+
+
 def load_before_setup(trainer: Trainer, state: dict[str, Any]) -> None:
     """What is put back before the model is placed: data, weights, callbacks."""
     module, data = trainer.module, trainer.datamodule
@@ -67,6 +92,16 @@ def load_before_setup(trainer: Trainer, state: dict[str, Any]) -> None:
     for callback in trainer.callbacks:
         if callback.state_key in state.get("callbacks", {}) and "loops" in state:
             callback.load_state_dict(state["callbacks"][callback.state_key])
+
+
+def check_layout(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Raises:
+    CheckpointError: it was saved by a strategy that cuts tensors in its own way.
+    """
+    saved = state.get("strategy", {"layout": WHOLE})
+    if saved["layout"] != WHOLE:
+        raise CheckpointError("ckpt_path", f"saved by {saved['name']}, {saved['layout']}", f"whole tensors for the "
+                              f"strategy {trainer.strategy.name}", flag="strategy")  # fmt: skip
 
 
 def load_after_setup(trainer: Trainer, state: Mapping[str, Any]) -> None:
@@ -104,7 +139,12 @@ def _of_ranks(trainer: Trainer) -> list[Any]:
     tensors: dict[str, Tensor] = {}
     about = split(own, tensors)
     as_lists = {name: [str(t.dtype).removeprefix("torch."), t.tolist()] for name, t in tensors.items()}
-    return trainer.strategy.gather_plain({"about": about, "tensors": as_lists})
+    found = trainer.strategy.gather_plain({"about": about, "tensors": as_lists})
+    return [join(one["about"], _as_tensors(one["tensors"])) for one in found] if trainer.is_global_zero else []
+
+
+def _as_tensors(lists: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.tensor(values, dtype=getattr(torch, kind)) for name, (kind, values) in lists.items()}
 
 
 def _load_rank(trainer: Trainer, state: Mapping[str, Any]) -> None:
@@ -115,9 +155,6 @@ def _load_rank(trainer: Trainer, state: Mapping[str, Any]) -> None:
                                            f"{trainer.world_size}, or a checkpoint of an epoch's end")  # fmt: skip
         return
     own = ranks[trainer.global_rank]
-    if "about" in own:
-        tensors = {name: torch.tensor(v, dtype=getattr(torch, kind)) for name, (kind, v) in own["tensors"].items()}
-        own = join(own["about"], tensors)
     trainer.resume_from(rng=own["rng"], loader=own["loader"], fit=state["loops"]["fit"])
 
 

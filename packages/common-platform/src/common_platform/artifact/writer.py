@@ -73,14 +73,17 @@ class ArtifactWriter:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
 
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
         """``tensors`` as one safetensors file; each contiguous, none sharing memory with another.
 
         The file says that it belongs to a manifest, so that the folder is not taken for a plain one without it.
+
+        Args:
+            about: more for the file's header.
         """
         from safetensors.torch import save_file
 
-        metadata = {"format": "pt", BELONGS: MANIFEST}
+        metadata = {"format": "pt", BELONGS: MANIFEST, **(about or {})}
         with _explained(self.path):
             save_file(dict(tensors), str(self.folder / safe_files.check_name(name)), metadata=metadata)
 

@@ -6,6 +6,7 @@ It appears whole or not at all, and nothing is loaded from one whose files are n
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from common_platform.artifact import ArtifactWriter, Manifest, read_manifest, verify
 from common_platform.artifact.manifest import FORMAT_VERSION
 from common_platform.artifact.safe_files import read_bytes
+from common_platform.artifact.safetensors_reader import SafetensorsFile
 from common_platform.artifact.strict_json import loads
 from common_platform.artifact.writer import remove_debris
 from common_platform.errors import (
@@ -23,6 +25,7 @@ from common_platform.errors import (
     ArtifactRefused,
     ArtifactVersionError,
     CheckpointCorrupt,
+    CheckpointError,
     CheckpointIncomplete,
     CheckpointVersionError,
     CheckpointWriteError,
@@ -32,6 +35,8 @@ from trainkit.checkpoint.tree import join, split, without_shared
 
 MODEL, STATE_TENSORS, STATE, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 VERSION = 2
+RANK = re.compile(r"rank-(\d{5})\.safetensors")  # what differs from rank to rank, where there are several
+STEP = "global_step"  # in each file's header: of which checkpoint it is
 
 
 class Prepared(NamedTuple):
@@ -40,8 +45,14 @@ class Prepared(NamedTuple):
     weights: dict[str, Tensor]
     aliases: dict[str, str]
     tensors: dict[str, Tensor]
+    ranks: list[dict[str, Tensor]]  # of each rank, where there are several
     plain: Any
     global_step: int
+
+    @property
+    def num_bytes(self) -> int:
+        parts = (self.weights, self.tensors, *self.ranks)
+        return sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.values())
 
 
 def prepare(model: dict[str, Tensor], state: dict[str, Any], *, copy: bool = False) -> Prepared:
@@ -56,12 +67,18 @@ def prepare(model: dict[str, Tensor], state: dict[str, Any], *, copy: bool = Fal
         CheckpointError: ``state`` holds something that cannot be written.
     """
     tensors: dict[str, Tensor] = {}
+    own = state.get("ranks", [])
+    ranks: list[dict[str, Tensor]] = [{} for _ in own] if len(own) > 1 else []
+    if ranks:
+        state = state | {"ranks": None}
     plain = split(state, tensors)
+    if ranks:
+        plain["ranks"] = [split(one, found, "rank") for one, found in zip(own, ranks, strict=True)]
     weights, aliases = without_shared(model)
     if copy:
         owned = {name: model[name] for name in weights}
         weights = {n: t.clone() if t.data_ptr() == owned[n].data_ptr() else t for n, t in weights.items()}
-    return Prepared(weights, aliases, tensors, plain, int(state.get("global_step", 0)))
+    return Prepared(weights, aliases, tensors, ranks, plain, int(state.get(STEP, 0)))
 
 
 def write(path: str | Path, prepared: Prepared) -> None:
@@ -73,8 +90,11 @@ def write(path: str | Path, prepared: Prepared) -> None:
     about = {"version": VERSION, "aliases": prepared.aliases, "state": prepared.plain}
     try:
         with ArtifactWriter(path, overwrite=True) as writer:
-            writer.write_tensors(MODEL, prepared.weights)
-            writer.write_tensors(STATE_TENSORS, prepared.tensors)
+            of_step = {STEP: str(prepared.global_step)}
+            writer.write_tensors(MODEL, prepared.weights, of_step)
+            writer.write_tensors(STATE_TENSORS, prepared.tensors, of_step)
+            for number, tensors in enumerate(prepared.ranks):
+                writer.write_tensors(_of_rank(number), tensors, of_step)
             writer.write_json(STATE, about)
             writer.commit(provenance=_provenance(prepared.global_step))
     except ArtifactError as error:
@@ -87,8 +107,7 @@ def _write_error(error: ArtifactError, prepared: Prepared) -> CheckpointWriteErr
     full = (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) or any(
         word in text for word in ("No space left", "File too large", "quota")
     )
-    needed = sum(t.numel() * t.element_size() for t in (*prepared.weights.values(), *prepared.tensors.values()))
-    what = f"{needed} bytes of free space on the disk" if full else "a folder that can be written to"
+    what = f"{prepared.num_bytes} bytes of free space on the disk" if full else "a folder that can be written to"
     return CheckpointWriteError("checkpoint", f"step {prepared.global_step}: {error.value}", what, flag="dirpath")
 
 
@@ -101,7 +120,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The module's ``state_dict`` and the rest of the state, verified.
 
     Raises:
-        CheckpointIncomplete: there is no checkpoint at ``path``.
+        CheckpointIncomplete: there is no checkpoint at ``path``, or a rank's part of it is missing.
         CheckpointCorrupt: a file is not what the manifest says; it is named.
         CheckpointVersionError: a newer version wrote it.
     """
@@ -114,22 +133,52 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise CheckpointVersionError(f"{STATE} version", about.get("version"), f"{VERSION}; update this library")
         _check_manifest(folder, manifest, about)
         weights, tensors = load_file(folder / MODEL), load_file(folder / STATE_TENSORS)
+        ranks = [load_file(folder / file.name) for file in manifest.files if RANK.fullmatch(file.name)]
     except ArtifactError as error:
-        raise CheckpointCorrupt(error.param, error.value, error.limit) from error
+        raise _damage(folder, manifest, error) from error
     weights |= {name: weights[owner] for name, owner in about["aliases"].items()}
-    return weights, join(about["state"], tensors)
+    state = about["state"]
+    of_ranks = [join(own, found) for own, found in zip(state.pop("ranks"), ranks, strict=True)] if ranks else None
+    found = join(state, tensors)
+    return weights, found if of_ranks is None else found | {"ranks": of_ranks}
+
+
+def _of_rank(number: int) -> str:
+    return f"rank-{number:05}.safetensors"
+
+
+def _damage(folder: Path, manifest: Manifest, error: ArtifactError) -> CheckpointError:
+    """What is wrong with the checkpoint in ``folder``, from what is wrong with one of its files."""
+    name = str(error.param).split()[0]
+    rank = RANK.fullmatch(name)
+    if isinstance(error, ArtifactMissing) and rank:
+        return CheckpointIncomplete(f"rank {int(rank[1])}", f"no {name}", f"the parts of all ranks in {folder.name}")
+    step = _step_in(folder, name)
+    wanted = str(manifest.provenance.get(STEP))
+    if step not in (None, wanted):
+        return CheckpointCorrupt(name, f"a file of step {step}", f"one of step {wanted}, as in {MANIFEST}: two "
+                                 "checkpoints are mixed")  # fmt: skip
+    return CheckpointCorrupt(error.param, error.value, error.limit)
+
+
+def _step_in(folder: Path, name: str) -> str | None:
+    """The step that a safetensors file says it is of; None where it cannot be read."""
+    try:
+        return SafetensorsFile(folder, name).metadata.get(STEP) if name.endswith(".safetensors") else None
+    except ArtifactError:
+        return None
 
 
 def _check_manifest(folder: Path, manifest: Manifest, about: dict[str, Any]) -> None:
     """The manifest has no digest of its own, so it must be, to the byte, what was written for these files."""
     state = about["state"]
-    step = state.get("global_step", 0) if isinstance(state, dict) else 0
+    step = state.get(STEP, 0) if isinstance(state, dict) else 0
     if manifest.provenance != _provenance(step) or manifest.to_json() != read_bytes(folder, MANIFEST):
         raise CheckpointCorrupt(MANIFEST, "changed since it was written", "the manifest of these files")
 
 
 def _provenance(global_step: int) -> dict[str, Any]:
-    return {"kind": "trainkit checkpoint", "global_step": global_step}
+    return {"kind": "trainkit checkpoint", STEP: global_step}
 
 
 def load_any(path: str | Path) -> dict[str, Any]:
@@ -206,4 +255,4 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _step_of(path: Path) -> int:
-    return int(manifest_of(path).provenance.get("global_step", 0))
+    return int(manifest_of(path).provenance.get(STEP, 0))
