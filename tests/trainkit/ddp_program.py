@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tests.trainkit.tiny import Regression, dataset
 from torch.utils.data import DataLoader, IterableDataset
 
-import trainkit
+import trainkit.checkpoint
+from common_platform.errors import CheckpointIncomplete
 from trainkit.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from trainkit.data import ShardedIterable
 
@@ -55,16 +58,43 @@ class Normed(Regression):
 
 
 class Stops(Callback):
+    def __init__(self, step):
+        self.step = step
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == 7:
+        if trainer.global_step == self.step:
             raise KeyboardInterrupt
 
 
 class Stream(IterableDataset):
     """The same samples wherever it is read."""
 
+    def __init__(self, count=60):
+        self.count = count
+
     def __iter__(self):
-        return iter(list(dataset(32)))
+        return iter(list(dataset(self.count)))
+
+
+class StreamOfWorkers(Stream):
+    """Each worker process reads its own part, as torch's documentation has it."""
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        return islice(super().__iter__(), worker.id if worker else 0, None, worker.num_workers if worker else 1)
+
+
+class StreamOfRanks(Stream):
+    """Each rank reads its own part."""
+
+    def __iter__(self):
+        return islice(super().__iter__(), torch.distributed.get_rank(), None, torch.distributed.get_world_size())
+
+
+class Claims(Stream):
+    """Says that it splits itself, and does not."""
+
+    shards_itself = True
 
 
 class Uneven(IterableDataset):
@@ -72,6 +102,16 @@ class Uneven(IterableDataset):
         x, y = dataset(64).tensors
         count = 64 if trainkit.pytorch.utilities.rank_zero_only(lambda: True)() else 32
         return iter(list(zip(x[:count], y[:count], strict=True)))
+
+
+class Sees(Callback):
+    """The targets of all training batches."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.batches.append(batch[1].flatten().tolist())
 
 
 class Raises(Callback):
@@ -111,9 +151,48 @@ def own_loop() -> dict:
     }
 
 
+STREAMS = {"of_nobody": Stream, "of_workers": StreamOfWorkers, "of_ranks": StreamOfRanks}
+
+
+def streams(case: str) -> dict:
+    """One epoch over a stream of 38 samples by two workers, whole or stopped after 3 batches and gone on with."""
+    kind, how = case.removeprefix("stream_").split(":")
+    trainkit.seed_everything(3)
+    module, sees = Regression(dropout=0.2), Sees()
+    train = DataLoader(STREAMS[kind](38), 4, num_workers=2)
+    stops = [Stops(3)] if how == "first" else []
+    keep = ModelCheckpoint(FOLDER / (f"{kind}-whole" if how == "whole" else kind), every_n_train_steps=1)
+    fit = trainer(max_epochs=1, enable_checkpointing=True, callbacks=[sees, *stops, keep])
+    try:
+        fit.fit(module, train, ckpt_path="last" if how == "resumed" else None)
+    except KeyboardInterrupt:
+        if how != "first":
+            raise
+    weights = torch.cat([value.detach().flatten() for value in module.state_dict().values()]).tolist()
+    return {"batches": fit.strategy.gather_plain(sees.batches), "weights": weights, "rank": fit.global_rank}
+
+
+def missing() -> dict:
+    """What each rank says to a checkpoint of "first" without the second rank's part."""
+    fit, damaged = trainer(), FOLDER / "damaged"
+    if fit.is_global_zero:
+        shutil.copytree(trainkit.checkpoint.find_last(FOLDER / "checkpoints"), damaged)
+        (damaged / "rank-00001.safetensors").unlink()
+    fit.strategy.barrier("damage")
+    try:
+        fit.fit(Regression(), DataLoader(dataset(64), 8), ckpt_path=damaged)
+    except CheckpointIncomplete as error:
+        return {"said": fit.strategy.gather_plain(str(error)), "rank": fit.global_rank}
+    raise SystemExit("a rank went on without its part")
+
+
 def run(case: str) -> dict:
+    if case == "missing":
+        return missing()
     if case == "runtime":
         return own_loop()
+    if case.startswith("stream_"):
+        return streams(case)
     trainkit.seed_everything(3)
     kinds = {"manual": Manual, "weighted": lambda: Weighted(dropout=0.0), "norm": Normed, "dropout": Regression}
     module = kinds.get(case, lambda: Regression(dropout=0.0 if case not in ("first", "resumed") else 0.2))()
@@ -123,14 +202,16 @@ def run(case: str) -> dict:
         settings = {"max_epochs": 50, "callbacks": [EarlyStopping("val_loss", min_delta=0.02, patience=1)]}
     if case == "sharded":
         train = DataLoader(ShardedIterable(list(dataset(60))), 16 // RANKS)
+    if case == "stream":
+        train = DataLoader(Stream(), 16 // RANKS)
     if case == "unsharded":
-        train = DataLoader(Stream(), 8)
+        train = DataLoader(Claims(), 8)
     if case == "uneven":
         train = DataLoader(Uneven(), 8)
     if case == "raises":
         settings = {"callbacks": [Raises()]}
     if case in ("first", "resumed"):
-        dies = [Stops()] if case == "first" else []
+        dies = [Stops(7)] if case == "first" else []
         settings = {"enable_checkpointing": True, "callbacks": [*dies, ModelCheckpoint(every_n_train_steps=1)]}
     fit = trainer(**settings)
     try:

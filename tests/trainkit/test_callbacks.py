@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,16 +211,28 @@ def test_what_is_kept_can_be_told_and_written(tmp_path):
         ModelCheckpoint().to_yaml()
 
 
-def test_a_timer_ends_training_and_goes_on_after_a_resume(tmp_path):
-    slow = LambdaCallback(on_train_batch_end=lambda *args: time.sleep(0.02))
-    timer = Timer({"seconds": 0.3})
-    fit = trainer(tmp_path, callbacks=[slow, timer], max_epochs=-1)
+def test_a_timer_ends_training_and_goes_on_after_a_resume(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=5.0)
+    monkeypatch.setattr("trainkit.callbacks.timer.time", SimpleNamespace(monotonic=lambda: clock.now))
+    ticks = LambdaCallback(on_train_batch_end=lambda *args: setattr(clock, "now", clock.now + 0.25))
+    timer = Timer({"seconds": 3})
+    fit = trainer(tmp_path, callbacks=[ticks, timer], max_epochs=-1)
     fit.fit(Regression(), loaders()[0])
-    assert 3 < fit.global_step < 100
+    assert fit.global_step == 12
     assert timer.time_remaining() == 0
-    again = Timer({"seconds": 0.3})
+    again = Timer({"seconds": 4})
     again.load_state_dict(timer.state_dict())
-    assert again.time_elapsed() >= 0.3
+    assert again.time_elapsed() == 3.0
+    fit = trainer(tmp_path, callbacks=[ticks, again], max_epochs=-1)
+    fit.fit(Regression(), loaders()[0])
+    assert fit.global_step == 4
+
+
+def test_a_timer_may_look_after_epochs_only(tmp_path):
+    fit = trainer(tmp_path, max_epochs=9, callbacks=[Timer({"microseconds": 1}, interval="epoch")])
+    fit.fit(Regression(), *loaders())
+    assert fit.global_step == 8  # a whole epoch, though the time was over at the first step
+    assert (fit.state.fn, fit.state.status, fit.interrupted) == ("fit", "finished", False)
 
 
 def test_a_wish_to_stop_is_not_heard_before_the_least(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from common_platform import errors
 from trainkit.callbacks import Callback, ModelCheckpoint
 from trainkit.data import CombinedLoader, ShardedIterable, measured_num_workers, suggested_num_workers
+from trainkit.data.sharded import shard_of
 
 SCRIPT = Path(__file__).parent / "parity" / "combined.py"
 LIGHTNING = Path(__file__).parents[2] / ".peers" / "lightning" / "bin" / "python"
@@ -265,6 +267,70 @@ def as_worker(number, count):
         yield
     finally:
         info._worker_info = None
+
+
+class Numbers(torch.utils.data.IterableDataset):
+    """Splits itself over workers, or not; counts how often it is begun; says where it is asked to."""
+
+    def __init__(self, by_worker=False, **says):
+        self.by_worker, self.begun = by_worker, 0
+        self.__dict__ |= says
+
+    def __iter__(self):
+        self.begun += 1
+        worker = torch.utils.data.get_worker_info() if self.by_worker else None
+        return iter(range(worker.id if worker else 0, 30, worker.num_workers if worker else 1))
+
+
+def ranks_that_see(*others):
+    """Two ranks, of which this one is the first, as the network would show them."""
+    return SimpleNamespace(rank=0, world_size=2, gather_plain=lambda mine: [mine, *(others or [mine])])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("by_worker", [False, True])
+def test_a_stream_is_looked_at_before_it_is_split(workers, by_worker):
+    dataset = Numbers(by_worker)
+    loader = DataLoader(dataset, 4, num_workers=workers)
+    state = torch.get_rng_state()
+    share = shard_of(loader, ranks_that_see(), training=True)
+    assert (share.over_workers, share.uneven) == (not (workers and by_worker), "pad")
+    assert torch.equal(state, torch.get_rng_state())
+    assert dataset.begun == 0  # a copy was
+    assert shard_of(loader, ranks_that_see("what the other one reads"), training=True) is None
+    assert shard_of(loader, ranks_that_see(), training=False).uneven == "keep"
+
+
+def test_a_stream_may_say_that_it_splits_itself_or_that_it_does_not():
+    assert shard_of(DataLoader(Numbers(shards_itself=True), 4), ranks_that_see(), training=True) is None
+    told = Numbers(shards_itself=False)
+    share = shard_of(DataLoader(told, 4, drop_last=True), ranks_that_see("another one"), training=True)
+    assert share.uneven == "drop"
+    assert told.begun == 0
+
+
+def test_a_share_of_a_sized_stream_has_its_length():
+    class Sized(Numbers):
+        def __len__(self):
+            return 30
+
+    for training, drops in ((True, False), (True, True), (False, False)):
+        loader = DataLoader(Sized(), 4, drop_last=drops)
+        shares = []
+        for rank in range(4):
+            ranks = SimpleNamespace(rank=rank, world_size=4, gather_plain=lambda mine: [mine])
+            shares.append(shard_of(loader, ranks, training=training))
+        assert [len(share) for share in shares] == [len(list(share)) for share in shares]
+
+
+def test_a_stream_that_raises_is_named():
+    class Broken(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield 1
+            raise ValueError("no more")
+
+    with pytest.raises(errors.UserCodeError, match="Broken raised ValueError at its first samples: no more"):
+        shard_of(DataLoader(Broken(), 4), ranks_that_see(), training=True)
 
 
 def test_real_workers_read_a_sharded_stream_once():

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
-import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
-from tests.trainkit.tiny import child_environment
+from tests.trainkit.tiny import child_environment, dataset
 
 PROGRAM = Path(__file__).parent / "ddp_program.py"
-CASES = ["plain", "accumulate", "clip", "manual", "weighted", "stop", "runtime", "sharded", "norm"]
+CASES = ["plain", "accumulate", "clip", "manual", "weighted", "stop", "runtime", "sharded", "stream", "norm"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -30,6 +31,10 @@ def results(process: subprocess.Popen) -> dict:
     return json.loads(out.splitlines()[-1])
 
 
+KINDS = ["of_nobody", "of_workers", "of_ranks"]
+STREAMS = [f"stream_{kind}:whole" for kind in KINDS] + ["stream_of_nobody:first", "stream_of_nobody:resumed"]
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     return results(start(tmp_path_factory.mktemp("one"), 1, *CASES))
@@ -37,7 +42,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return results(start(tmp_path_factory.mktemp("two"), 2, *CASES, "dropout", "first", "resumed"))
+    return results(start(tmp_path_factory.mktemp("two"), 2, *CASES, *STREAMS, "dropout", "first", "resumed", "missing"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -60,6 +65,37 @@ def test_a_resumed_job_of_two_ranks_is_the_job(two):
     assert two["resumed"]["weights"] == two["dropout"]["weights"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_is_split_over_ranks_and_workers_once(two, kind):
+    """Whether it splits itself over the workers, over the ranks (by steps of its own) or not at all."""
+    first, second = two[f"stream_{kind}:whole"]["batches"]
+    whole = dataset(38).tensors[1].flatten().tolist()
+    if kind == "of_ranks":  # its own affair: each of two workers reads all of the rank's part
+        assert sorted(chain(*first)) == sorted(whole[::2] * 2)
+        assert sorted(chain(*second)) == sorted(whole[1::2] * 2)
+        return
+    assert [len(batch) for batch in first] == [len(batch) for batch in second]
+    seen = list(chain(*first, *second))
+    assert set(seen) == set(whole)
+    assert len(seen) - len(whole) < 4  # as many as shares, made even with the first ones of the epoch
+
+
+def test_a_stream_goes_on_where_it_stood(two):
+    whole, first, resumed = (two[f"stream_of_nobody:{how}"] for how in ("whole", "first", "resumed"))
+    assert resumed["weights"] == whole["weights"]
+    for rank in range(2):
+        before, after = first["batches"][rank], resumed["batches"][rank]
+        assert len(before) + len(after) >= len(whole["batches"][rank]) > len(before) > 0
+        assert before == whole["batches"][rank][: len(before)]
+        assert after == whole["batches"][rank][-len(after) :]
+
+
+def test_no_rank_goes_on_or_waits_where_ones_part_of_a_checkpoint_is_missing(two):
+    said = two["missing"]["said"]
+    assert len(said) == 2
+    assert all("rank 1" in one for one in said)
+
+
 def test_ranks_tell_each_other(two):
     assert two["runtime"]["metrics"] == {"ranks": 3.0, "told": 7}
 
@@ -76,12 +112,14 @@ def test_torchrun_starts_the_same_job(one, tmp_path):
     ("case", "named"), [("raises", "rank one gives up"), ("uneven", "rank 0: 8, rank 1: 4|rank 0: .*, rank 1: ")]
 )
 def test_when_one_rank_fails_all_end_soon_and_the_error_is_shown(tmp_path, case, named):
-    began = time.monotonic()
+    """Soon: not only when the collective's 10 minutes are over. The other kinds of loss are in test_lost_rank.py."""
     process = start(tmp_path, 2, case)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
+    try:
+        _, err = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode not in (0, -signal.SIGKILL)
     assert re.search(named, err)
-    assert time.monotonic() - began < 45
 
 
 def test_ranks_that_read_the_same_stream_are_told(tmp_path):
@@ -89,7 +127,7 @@ def test_ranks_that_read_the_same_stream_are_told(tmp_path):
     err = process.communicate(timeout=200)[1]
     assert process.returncode == 0, err
     assert err.count("UserWarning: all ranks read the same samples") == 1
-    assert "ShardedIterable" in err
+    assert "shards_itself" in err
 
 
 LEAVES = """

@@ -10,6 +10,7 @@ import pytest
 from tests.trainkit.tiny import Regression, loaders, trainer
 
 from common_platform.errors import ResourceError
+from trainkit.callbacks import ModelCheckpoint
 from trainkit.loggers import CSVLogger, Logger, TensorBoardLogger, tensorboard
 
 
@@ -36,6 +37,33 @@ def test_every_logger_gets_every_row_and_is_told_how_it_ended(tmp_path):
         rows = list(csv.DictReader(text))
     written = [float(row["a-train_loss"]) for row in rows if row["a-train_loss"]]
     assert written == [row["train_loss"] for _, row in mine.rows if "train_loss" in row]
+
+
+def test_a_logger_is_told_of_checkpoints_that_stand(tmp_path):
+    class Keeps(Remembers):
+        def __init__(self):
+            super().__init__()
+            self.kept = []
+
+        def after_save_checkpoint(self, checkpoint_callback):
+            path = Path(checkpoint_callback.best_model_path)
+            self.kept.append((path.name, (path / "manifest.json").is_file()))
+
+    logger = Keeps()
+    keep = ModelCheckpoint(tmp_path / "kept", monitor="val_loss", save_top_k=-1)
+    trainer(tmp_path, max_epochs=2, logger=logger, callbacks=[keep]).fit(Regression(), *loaders())
+    assert logger.kept[0][0] == "epoch=0-step=8.ckpt"
+    assert [there for _, there in logger.kept] == [True, True]
+
+
+def test_a_logger_says_where_it_writes(tmp_path):
+    logger = CSVLogger(tmp_path, name="a", version=2)
+    where = (logger.save_dir, logger.root_dir, logger.log_dir)
+    assert where == (str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "version_2"))
+    assert Remembers().log_dir is None
+    assert Remembers().group_separator == "/"
+    own = Remembers()
+    assert own.experiment is own
 
 
 def test_versions_are_counted(tmp_path):

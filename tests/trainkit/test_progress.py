@@ -41,6 +41,20 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, capfd):
     assert "\x1b" not in "".join(lines)
 
 
+def test_what_is_shown_can_be_chosen(tmp_path, capfd):
+    class Own(ProgressBar):
+        def get_metrics(self, trainer, pl_module):
+            return {name: v for name, v in super().get_metrics(trainer, pl_module).items() if name == "lr"} | {
+                "run": "a7"
+            }
+
+    fit = trainer(tmp_path, max_epochs=1, callbacks=[Own(plain_every_s=0.0)])
+    fit.fit(Regression(), *loaders())
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("epoch 0")]
+    assert lines
+    assert all("lr=" in line and "run=a7" in line and "loss=" not in line for line in lines)
+
+
 def test_control_c_gives_the_terminal_back_as_it_was(tmp_path):
     ours, theirs = pty.openpty()
     before = termios.tcgetattr(theirs)

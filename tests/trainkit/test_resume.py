@@ -69,20 +69,22 @@ from trainkit.callbacks import Callback
 class Slow(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         print(trainer.global_step, flush=True)
-        time.sleep(0.05)
+        if trainer.global_step == KILL_AT + 2:
+            time.sleep(100)  # until it is killed, however late that is
 
+KILL_AT = int(sys.argv[2])
 test_resume.EarlyStopping = lambda *a, **k: Slow()
-test_resume.fit(Path(sys.argv[1]), resume=len(sys.argv) > 2)
+test_resume.fit(Path(sys.argv[1]), resume=len(sys.argv) > 3)
 """
 
 
-def run_child(root: Path, *more: str, kill_at: int | None = None) -> int:
-    command = [sys.executable, "-c", CHILD, str(root), *more]
+def run_child(root: Path, *more: str, kill_at: int = -9) -> int:
+    command = [sys.executable, "-c", CHILD, str(root), str(kill_at), *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=child_environment())
     try:
         for line in process.stdout:
-            if kill_at is not None and int(line) >= kill_at:
-                time.sleep(0.02)  # somewhere in the save or the step that follows
+            if int(line) == kill_at:
+                time.sleep(0.02)  # somewhere in the saves or the steps that follow
                 process.send_signal(signal.SIGKILL)
                 break
         return process.wait(60)

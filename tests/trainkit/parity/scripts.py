@@ -383,5 +383,36 @@ def accumulation_by_epoch() -> dict[str, Any]:
     return outcome(fit, model)
 
 
+class ReadsItself(Classifier):
+    """Its steps read their batches themselves."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+        self.seen: list[list[int]] = []
+
+    def training_step(self, dataloader_iter):
+        (x, y), batch_idx, dataloader_idx = next(dataloader_iter)
+        loss = F.cross_entropy(self(x), y)
+        self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=len(x))
+        self.seen.append([batch_idx, dataloader_idx, self.global_step])
+        return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.seen.append([batch_idx, len(batch[0])])
+
+    def validation_step(self, dataloader_iter):
+        (x, y), batch_idx, dataloader_idx = next(dataloader_iter)
+        self.log("val_loss", F.cross_entropy(self(x), y), batch_size=len(x), add_dataloader_idx=False)
+        self.seen.append([batch_idx, dataloader_idx])
+
+
+def steps_that_read_their_batches() -> dict[str, Any]:
+    L.seed_everything(15)
+    model = ReadsItself()
+    fit = trainer("iterator", max_epochs=2)
+    fit.fit(model, DataLoader(data(), 4, shuffle=True), DataLoader(data(15), 4))
+    return outcome(fit, model, seen=model.seen)
+
+
 if __name__ == "__main__":
     print(json.dumps({name: globals()[name]() for name in SCRIPTS}))

@@ -12,25 +12,16 @@ import torch
 from common_platform.errors import ConfigError
 from trainkit.callbacks.base import Callback, Checkpoint
 from trainkit.callbacks.model_checkpoint import ModelCheckpoint
+from trainkit.callbacks.model_summary import ModelSummary
 from trainkit.callbacks.progress import ProgressBar
 from trainkit.callbacks.registry import from_factories, make_callback
 from trainkit.callbacks.timer import Timer
 from trainkit.checkpoint import CheckpointIO
+from trainkit.config import at_least
 from trainkit.durations import seconds_of
 from trainkit.limits import Limits
 from trainkit.loggers import CSVLogger, Logger
 from trainkit.precision import Precision, make_precision
-
-
-def at_least(name: str, value: Any, low: int) -> int:
-    """``value``, a whole number not below ``low``.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(name, value, f"a whole number, >= {low}")
-    return value
 
 
 def refuse(arguments: Mapping[str, tuple[Any, Any, str]]) -> None:
@@ -86,6 +77,7 @@ def callbacks_from(
     max_time: Any,
     progress_bar: bool,
     checkpointing: bool,
+    summary: bool,
 ) -> list[Callback]:
     """The callbacks in the order in which they are called; keepers of checkpoints last.
 
@@ -102,7 +94,16 @@ def callbacks_from(
         callbacks.append(ProgressBar())
     if checkpointing and not keepers:
         callbacks.append(ModelCheckpoint())
+    if summary and not any(isinstance(callback, ModelSummary) for callback in callbacks):
+        callbacks.insert(0, ModelSummary())
     return in_order(callbacks)
+
+
+def with_own(callbacks: list[Callback], own: Any) -> list[Callback]:
+    """In their order, with the module's ``own`` in the place of the Trainer's of the same class."""
+    added = [make_callback(one) for one in _as_list(own)]
+    kinds = {type(callback) for callback in added}
+    return in_order([callback for callback in callbacks if type(callback) not in kinds] + added)
 
 
 def _as_list(given: Any) -> list[Any]:

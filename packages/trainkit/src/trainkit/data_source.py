@@ -88,7 +88,7 @@ class DataSource:
         if self._overfits and stage == "fit":
             loader = unshuffled(loader)
         if self._splits:
-            loader = for_rank(loader, self._strategy.rank, self._strategy.world_size, training=stage == "fit")
+            loader = for_rank(loader, self._strategy, training=stage == "fit")
         return remembering(loader) if stage == "predict" else loader
 
     def mover(self) -> Callable[[Any, int], Any]:

@@ -30,6 +30,11 @@ class Interruption:
         self._wish = max(self._wish, END if number == signal.SIGTERM else SAVE)
         self._trainer.received_sigterm |= number == signal.SIGTERM
 
+    @property
+    def is_wished(self) -> bool:
+        """Whether a signal was heard that nothing was done about yet."""
+        return self._wish != NOTHING
+
     def between_batches(self) -> None:
         """Do what was wished for.
 

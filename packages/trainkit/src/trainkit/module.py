@@ -241,12 +241,28 @@ class TrainModule(HyperParameters, DataHooks, nn.Module):
         )  # fmt: skip
 
     def log_dict(
-        self, dictionary: Any, prog_bar: bool = False, logger: bool | None = None, on_step: bool | None = None,
-        on_epoch: bool | None = None, **how: Any,
-    ) -> None:  # fmt: skip
+        self,
+        dictionary: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any | None = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        rank_zero_only: bool = False,
+        *,
+        weight: float | None = None,
+    ) -> None:
         """Log each of ``dictionary``, a mapping or a collection of metrics, as ``log`` does."""
         for name, value in dictionary.items():
-            self.log(name, value, prog_bar=prog_bar, logger=logger, on_step=on_step, on_epoch=on_epoch, **how)
+            self.log(
+                name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group,
+                add_dataloader_idx, batch_size, rank_zero_only=rank_zero_only, weight=weight,
+            )  # fmt: skip
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """The optimizer, or a list where there are several; ``use_pl_optimizer=False`` gives torch's own objects."""
@@ -267,13 +283,13 @@ class TrainModule(HyperParameters, DataHooks, nn.Module):
         """
         if self.automatic_optimization:
             raise TrainingError("manual_backward", "automatic optimization", "self.automatic_optimization = False")
-        self.trainer.backward(loss, *args, **kwargs)
+        self.trainer.stepping.backward(loss, *args, **kwargs)
 
     def clip_gradients(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip the gradients of ``optimizer`` by "norm" (the default) or by "value"; without a value, nothing."""
-        self.trainer.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.trainer.stepping.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def toggle_optimizer(self, optimizer: Optimizer | ManagedOptimizer) -> None:
         """Only the parameters of ``optimizer`` need gradients, until ``untoggle_optimizer``."""

@@ -92,6 +92,15 @@ def understand(configured: Any) -> tuple[list[Optimizer], list[SchedulerSetup]]:
     return optimizers, [_scheduler(one) for one in schedulers]
 
 
+def in_our_words(error: ValueError) -> ValueError:
+    """What torch's optimizers complain of, as a ConfigError."""
+    if "empty parameter list" in str(error):
+        return ConfigError("optimizer", "0 parameters", "some to train: model.parameters()")
+    if str(error).startswith("Invalid learning rate"):
+        return ConfigError("lr", str(error).rpartition(" ")[2], "a finite number, 0 or more")
+    return error
+
+
 def _take_apart(configured: Any) -> tuple[list[Optimizer], list[Any]]:
     if isinstance(configured, Optimizer):
         return [configured], []

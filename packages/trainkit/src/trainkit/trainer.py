@@ -14,23 +14,19 @@ from torch.optim import Optimizer
 from common_platform.errors import ConfigError
 from trainkit import checkpoint, resuming, run_state
 from trainkit.arguments import (
-    at_least,
     callbacks_from,
-    in_order,
     limits_from,
     loggers_from,
     plugins_from,
     refuse,
+    with_own,
     without_keepers,
 )
 from trainkit.callbacks.base import Callback
-from trainkit.callbacks.early_stopping import EarlyStopping
-from trainkit.callbacks.model_checkpoint import ModelCheckpoint
-from trainkit.callbacks.model_summary import ModelSummary
 from trainkit.callbacks.prediction_writer import BasePredictionWriter
-from trainkit.callbacks.progress import ProgressBar
-from trainkit.data.combined import CombinedLoader, resumable
-from trainkit.data.loaders import check_not_empty, num_batches_of
+from trainkit.config import LoopConfig, TorchConfig
+from trainkit.data.combined import resumable
+from trainkit.data.loaders import check_not_empty
 from trainkit.data.module import DataModule
 from trainkit.data.resumable import Resumable
 from trainkit.data.seed import rng_state, set_rng_state
@@ -39,21 +35,24 @@ from trainkit.durations import Duration
 from trainkit.hooks import HookCaller, Method, is_written
 from trainkit.interruption import Interruption
 from trainkit.loggers import Logger
-from trainkit.loop.evaluate import PREDICTION, TEST, VALIDATION, Evaluation, evaluate, inference
-from trainkit.loop.fit import FitLoop, Progress
+from trainkit.loop.evaluate import PREDICTION, TEST, VALIDATION, Evaluation, by_loader, evaluate, inference
+from trainkit.loop.fit import FitLoop, IteratorFitLoop, Progress
+from trainkit.loop.iterator import takes_iterator
 from trainkit.loop.optimization import parameters_of
 from trainkit.loop.results import Results
+from trainkit.loop.stepping import Stepping
 from trainkit.module import TrainModule
-from trainkit.optimizers import ManagedOptimizer, SchedulerSetup, understand
+from trainkit.optimizers import ManagedOptimizer, SchedulerSetup, in_our_words, understand
 from trainkit.profilers import Profiler, make_profiler
 from trainkit.profilers.attach import attach_to_loop, profiled, profiled_hook
+from trainkit.run_facts import RunFacts
 from trainkit.signals import heeding
-from trainkit.stage import Stage
+from trainkit.stage import Stage, TrainerState
 from trainkit.strategies import Strategy, make_strategy
 from trainkit.table import print_metrics
 
 
-class Trainer:
+class Trainer(RunFacts):
     """Trains a ``TrainModule``. The arguments are Lightning's.
 
     Args:
@@ -169,61 +168,76 @@ class Trainer:
             val_check_interval=val_check_interval,
             check_val_every_n_epoch=check_val_every_n_epoch,
         )
+        loop = LoopConfig(
+            accumulate_grad_batches=accumulate_grad_batches,
+            log_every_n_steps=50 if log_every_n_steps is None else log_every_n_steps,
+            num_sanity_val_steps=2 if num_sanity_val_steps is None else num_sanity_val_steps,
+            reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs,
+            max_skipped=max_skipped,
+            gradient_clip_val=gradient_clip_val,
+            gradient_clip_algorithm=gradient_clip_algorithm,
+        )
+        self._follow(loop, sanity=not quiet)
+        self._torch = TorchConfig(
+            deterministic=deterministic,
+            benchmark=benchmark,
+            detect_anomaly=detect_anomaly,
+            inference_mode=inference_mode,
+        )
         self.default_root_dir = Path(default_root_dir or Path.cwd() / "runs")
-        self.accumulate_grad_batches = at_least("accumulate_grad_batches", accumulate_grad_batches, 1)
-        self.log_every_n_steps = at_least(
-            "log_every_n_steps", 50 if log_every_n_steps is None else log_every_n_steps, 0
-        )
-        sanity = 2 if num_sanity_val_steps is None else at_least("num_sanity_val_steps", num_sanity_val_steps, -1)
-        self.num_sanity_val_steps = 0 if quiet else sanity
-        self.max_skipped = at_least("max_skipped", max_skipped, 1)
+        self.fast_dev_run, self.barebones = fast_dev_run, barebones
         self.prefetch_to_device = prefetch_to_device
-        self.reload_dataloaders_every_n_epochs = at_least(
-            "reload_dataloaders_every_n_epochs", reload_dataloaders_every_n_epochs, 0
-        )
-        self.gradient_clip_val, self.gradient_clip_algorithm = _clipping(gradient_clip_val, gradient_clip_algorithm)
+        self._use_distributed_sampler, self.enable_autolog_hparams = use_distributed_sampler, enable_autolog_hparams
         self.strategy = make_strategy(strategy, accelerator, devices)
         self.strategy.syncs_batchnorm |= sync_batchnorm
         self.precision_plugin, self.checkpoint_io = plugins_from(precision, plugins, self.strategy.device)
+        self.profiler = make_profiler(profiler)
+        self.loggers = [] if quiet else loggers_from(logger, self.default_root_dir)
         self.callbacks = callbacks_from(
             without_keepers(callbacks) if quiet else callbacks,
             max_time=max_time,
             progress_bar=enable_progress_bar is not False and not barebones,
             checkpointing=enable_checkpointing is not False and not quiet,
+            summary=bool(enable_model_summary),
         )
-        if enable_model_summary and not any(isinstance(one, ModelSummary) for one in self.callbacks):
-            self.callbacks.insert(0, ModelSummary())
-        self.loggers = [] if quiet else loggers_from(logger, self.default_root_dir)
-        self.fast_dev_run = fast_dev_run
-        self.barebones = barebones
+        self.own_callbacks = self.callbacks  # without those of a module
+        self._begin_empty()
+
+    def _follow(self, loop: LoopConfig, *, sanity: bool) -> None:
+        """Take over ``loop`` as attributes, which callbacks and users may change."""
+        self.accumulate_grad_batches = loop.accumulate_grad_batches
+        self.log_every_n_steps = loop.log_every_n_steps
+        self.num_sanity_val_steps = loop.num_sanity_val_steps if sanity else 0
+        self.reload_dataloaders_every_n_epochs = loop.reload_dataloaders_every_n_epochs
+        self.max_skipped = loop.max_skipped
+        self.gradient_clip_val = loop.gradient_clip_val
+        self.gradient_clip_algorithm = loop.gradient_clip_algorithm
+
+    def _begin_empty(self) -> None:
+        """What a run fills in."""
+        self.state = TrainerState()
         self.results = Results(self.strategy)
         self.progress = Progress()
-        self.should_stop = False
-        self.sanity_checking = False
-        self.received_sigterm = False
+        self.stepping = Stepping(self)
+        self.fit_loop: FitLoop | None = None
         self.interruption: Interruption | None = None
-        self.last_loss: Tensor | None = None
+        self.datamodule: DataModule | None = None
+        self.ckpt_path: str | Path | None = None
         self.optimizers: list[Optimizer] = []
         self.managed_optimizers: list[ManagedOptimizer] = []
         self.schedulers: list[SchedulerSetup] = []
-        self.datamodule: DataModule | None = None
-        self.ckpt_path: str | Path | None = None
+        self.last_loss: Tensor | None = None
         self.evaluation_metrics: dict[str, float] = {}
         self.predictions: list[list[Any]] = []
-        self.fit_loop: FitLoop | None = None
-        self._deterministic, self._benchmark, self._detect_anomaly = deterministic, benchmark, detect_anomaly
-        self._inference_mode, self._use_distributed_sampler = inference_mode, use_distributed_sampler
-        self._log_hparams = enable_autolog_hparams
+        self.should_stop = self.sanity_checking = self.received_sigterm = False
+        self.is_nested = False  # a short run in the middle of another Trainer's
         self._stage: str | None = None
+        self._doing: str | None = None
         self._module: TrainModule | None = None
         self._hooks: HookCaller | None = None
         self._data: DataSource | None = None
         self._modes: dict[Any, bool] = {}
         self._resumed: dict[str, Any] = {}
-        self._overflows = 0  # steps in a row that were skipped
-        self.own_callbacks = self.callbacks  # without those of a module
-        self.is_nested = False  # a short run in the middle of another Trainer's
-        self.profiler = make_profiler(profiler)
 
     # --- what runs ---
 
@@ -260,7 +274,7 @@ class Trainer:
             self.fit_loop = self._fit_loop()
             self.interruption = Interruption(self)
             with (
-                torch.autograd.set_detect_anomaly(self._detect_anomaly),
+                torch.autograd.set_detect_anomaly(self._torch.detect_anomaly),
                 self.stage("train"),
                 heeding(self.interruption.hear),
             ):
@@ -330,7 +344,7 @@ class Trainer:
     ) -> list[dict[str, float]]:
         with self._evaluation(kind, model, dataloaders, ckpt_path, datamodule) as loaders:
             evaluate(self, kind, loaders)
-        found = _by_loader(self.evaluation_metrics, self.results.loader_of, len(loaders))
+        found = by_loader(self.evaluation_metrics, self.results.loader_of, len(loaders))
         if verbose and self.is_global_zero:
             print_metrics(kind.stage, found)
         return found
@@ -355,10 +369,7 @@ class Trainer:
             yield loaders
 
     def _configure(self, model: TrainModule, state: dict[str, Any] | None) -> None:
-        if self._deterministic:
-            torch.use_deterministic_algorithms(True, warn_only=self._deterministic == "warn")
-        if self._benchmark is not None:
-            torch.backends.cudnn.benchmark = self._benchmark
+        self._torch.apply()
         if not is_written(model, TrainModule, "training_step"):
             raise ConfigError("model", f"{type(model).__name__} without training_step", "one with such a method")
         self.should_stop = False
@@ -366,7 +377,7 @@ class Trainer:
             run_state.load_before_setup(self, state)
         self.strategy.setup(self.precision_plugin.convert(model), trains=True)
         self._configure_optimizers(model)
-        if self._log_hparams:
+        if self.enable_autolog_hparams:
             for logger in self.loggers:
                 logger.log_hyperparams(model.hparams)
 
@@ -374,16 +385,16 @@ class Trainer:
         try:
             configured = model.configure_optimizers()
         except ValueError as error:
-            raise _of_optimizer(error) from error
+            raise in_our_words(error) from error
         self.optimizers, self.schedulers = understand(configured)
-        make_step = self.profiled(self.make_step, "optimizer_step")
+        make_step = self.profiled(self.stepping.make_step, "optimizer_step")
         self.managed_optimizers = [ManagedOptimizer(one, make_step, model) for one in self.optimizers]
         trained = [p for one in self.optimizers for p in parameters_of(one)]
         if not any(p.requires_grad for p in trained):
             raise ConfigError("optimizer", f"no trainable parameters of {len(trained)}", "requires_grad on some")
 
     def _sanity_check(self) -> None:
-        if not self.num_sanity_val_steps or not self._validates() or self.progress.batch:
+        if not self.num_sanity_val_steps or not self.enable_validation or self.progress.batch:
             return
         before = rng_state()
         self.sanity_checking = True
@@ -400,7 +411,8 @@ class Trainer:
         set_rng_state(before)
 
     def _fit_loop(self) -> FitLoop:
-        loop = FitLoop(self, self.train_batches(), self.validation_loaders())
+        kind = IteratorFitLoop if takes_iterator(self.module.training_step) else FitLoop
+        loop = kind(self, self.train_batches(), self.validation_loaders())
         attach_to_loop(loop, self.profiler)
         loop.feed.load_state_dict(self._resumed.pop("loader", {}))
         if "fit" in self._resumed:
@@ -423,10 +435,7 @@ class Trainer:
 
     def validation_loaders(self) -> list[Any]:
         """Those of validation inside fit; none where it does not validate."""
-        return self.loaders("validate") if self._validates() else []
-
-    def _validates(self) -> bool:
-        return is_written(self.module, TrainModule, "validation_step") and self.limits.limit_val_batches > 0
+        return self.loaders("validate") if self.enable_validation else []
 
     # --- loaders and batches ---
 
@@ -480,69 +489,6 @@ class Trainer:
             self._hooks = HookCaller(self, self.module, self.callbacks, bases=bases, step=step)
         return self._hooks
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Compute gradients of ``loss`` in manual optimization, with the hooks around it."""
-        self.profiled(self._backward, "backward")(loss, *args, **kwargs)
-
-    def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if self.fit_loop is not None:
-            self.fit_loop.optimization.watch(loss.detach())
-        loss = self.precision_plugin.scaled(loss)
-        self.call("on_before_backward", loss)
-        self.module.backward(loss, *args, **kwargs)
-        self.strategy.after_manual_backward()
-        self.call("on_after_backward")
-
-    def make_step(self, optimizer: Optimizer, closure: Any, **kwargs: Any) -> None:
-        """One step of ``optimizer``, as precision makes it; ``closure`` computes gradients that are not there yet."""
-        stepped = self.precision_plugin.step(optimizer, closure or _nothing, self._before_step, **kwargs)
-        self.progress.global_step += 1
-        self._overflows = 0 if stepped else self._overflows + 1
-        if self._overflows >= self.max_skipped:
-            self.precision_plugin.refuse_overflow(self._overflows, self.global_step)
-
-    def _before_step(self, optimizer: Optimizer) -> None:
-        if self.fit_loop is not None:
-            self.fit_loop.optimization.before_step(optimizer)
-        else:  # a step before training, in a hook of the user's
-            self.call("on_before_optimizer_step", optimizer)
-
-    def clip_gradients(self, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
-        value = self.gradient_clip_val if value is None else value
-        algorithm = algorithm or self.gradient_clip_algorithm or "norm"
-        if algorithm not in ("norm", "value"):
-            raise ConfigError("gradient_clip_algorithm", algorithm, "'norm' or 'value'")
-        if value:
-            by_norm = algorithm == "norm"
-            self.strategy.clip_gradients(
-                parameters_of(optimizer), max_norm=value if by_norm else None, max_value=None if by_norm else value
-            )
-
-    def step_schedulers(self, interval: str, count: int, *, plateau: bool = False) -> None:
-        """Let the schedulers of ``interval`` ("step" or "epoch") make their step, but not those of manual optimization.
-
-        Args:
-            count: batches of the epoch, or epochs, that are done.
-            plateau: those that are given a metric, or the others.
-        """
-        if not self.schedulers or not self.module.automatic_optimization:
-            return
-        for setup in self.schedulers:
-            is_due = setup.interval == interval and setup.reduce_on_plateau == plateau and count % setup.frequency == 0
-            if is_due and not (self._overflows and interval == "step"):
-                self._step_scheduler(setup)
-
-    def _step_scheduler(self, setup: SchedulerSetup) -> None:
-        metric = None
-        if setup.reduce_on_plateau:
-            metric = self.callback_metrics.get(str(setup.monitor))
-            if metric is None and setup.strict:
-                known = sorted(self.callback_metrics)
-                raise ConfigError("lr_scheduler.monitor", setup.monitor, f"a logged metric: {known}")
-            if metric is None:
-                return
-        self.module.lr_scheduler_step(setup.scheduler, metric)
-
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Give the loggers a row, on the first rank only."""
         if metrics and self.is_global_zero:
@@ -567,7 +513,7 @@ class Trainer:
             self.should_stop = bool(self.strategy.reduce(wish, "max") > 0)
 
     def without_gradients(self) -> Any:
-        return inference(self._inference_mode and self.precision_plugin.allows_inference_mode)
+        return inference(self._torch.inference_mode and self.precision_plugin.allows_inference_mode)
 
     def keep_modes(self) -> None:
         """Remember which layers are in train mode."""
@@ -587,208 +533,6 @@ class Trainer:
         finally:
             self._doing = before
 
-    _doing: str | None = None
-
-    # --- what users look at ---
-
-    @property
-    def module(self) -> TrainModule:
-        if self._module is None:
-            raise ConfigError("trainer.module", None, "a call of fit or validate")
-        return self._module
-
-    lightning_module = model = module
-
-    @property
-    def data(self) -> DataSource:
-        if self._data is None:
-            raise ConfigError("trainer.data", None, "a call of fit or validate")
-        return self._data
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The first optimizer."""
-        if not self.optimizers:
-            raise ConfigError("trainer.optimizer", None, "a call of fit")
-        return self.optimizers[0]
-
-    @property
-    def lr_scheduler_configs(self) -> list[SchedulerSetup]:
-        return self.schedulers
-
-    @property
-    def precision(self) -> str:
-        return self.precision_plugin.name
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps so far, of all optimizers."""
-        return self.progress.global_step
-
-    @property
-    def current_epoch(self) -> int:
-        return self.progress.epoch
-
-    @property
-    def callback_metrics(self) -> dict[str, Tensor]:
-        """The newest value of each metric."""
-        return self.results.callback_metrics
-
-    @property
-    def logged_metrics(self) -> dict[str, Tensor]:
-        """The newest value of each metric that goes to loggers."""
-        return self.results.logged_metrics
-
-    @property
-    def progress_bar_metrics(self) -> dict[str, float]:
-        return self.results.progress_bar_metrics
-
-    @property
-    def logger(self) -> Logger | None:
-        return self.loggers[0] if self.loggers else None
-
-    @property
-    def log_dir(self) -> str | None:
-        return getattr(self.logger, "log_dir", None) if self.logger else str(self.default_root_dir)
-
-    @property
-    def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    @property
-    def is_fitting(self) -> bool:
-        return self._stage == "fit"
-
-    @property
-    def training(self) -> bool:
-        return self._doing == "train"
-
-    @property
-    def validating(self) -> bool:
-        return self._doing == "validate" and not self.sanity_checking
-
-    @property
-    def testing(self) -> bool:
-        return self._doing == "test"
-
-    @property
-    def predicting(self) -> bool:
-        return self._doing == "predict"
-
-    @property
-    def evaluating(self) -> bool:
-        return self.validating or self.testing
-
-    @property
-    def world_size(self) -> int:
-        return self.strategy.world_size
-
-    @property
-    def global_rank(self) -> int:
-        return self.strategy.rank
-
-    @property
-    def local_rank(self) -> int:
-        return self.strategy.local_rank
-
-    @property
-    def node_rank(self) -> int:
-        return self.strategy.node_rank
-
-    @property
-    def num_nodes(self) -> int:
-        return self.strategy.num_nodes
-
-    @property
-    def num_devices(self) -> int:
-        return max(self.world_size // self.num_nodes, 1)
-
-    @property
-    def is_global_zero(self) -> bool:
-        return self.strategy.is_first
-
-    @property
-    def max_epochs(self) -> int | None:
-        return self.limits.max_epochs
-
-    @property
-    def min_epochs(self) -> int:
-        return self.limits.min_epochs
-
-    @property
-    def max_steps(self) -> int:
-        return self.limits.max_steps
-
-    @property
-    def min_steps(self) -> int:
-        return self.limits.min_steps
-
-    @property
-    def num_training_batches(self) -> float:
-        """Of an epoch; infinite where the loader does not tell."""
-        loaders = self.loaders("fit")
-        return self.limits.of("fit", num_batches_of(loaders[0])) if loaders else 0
-
-    @property
-    def num_val_batches(self) -> list[float]:
-        return self.num_batches_of("validate")
-
-    def num_batches_of(self, stage: str) -> list[float]:
-        """Of each loader of ``stage``; infinite where one does not tell."""
-        return [self.limits.of(stage, num_batches_of(one)) for one in self.loaders(stage)]
-
-    @property
-    def is_last_batch(self) -> bool:
-        """Whether the batch that is trained on is the last of its epoch."""
-        return self.progress.batch + 1 >= self.num_training_batches
-
-    @property
-    def estimated_stepping_batches(self) -> float:
-        """Optimizer steps of the whole run, for schedules."""
-        of_epochs = float("inf")
-        epochs = self.limits.max_epochs
-        if epochs not in (None, -1):
-            of_epochs = -(-self.num_training_batches // self.accumulate_grad_batches) * float(epochs)  # type: ignore[arg-type]
-        steps = min(of_epochs, float("inf") if self.max_steps == -1 else self.max_steps)
-        return steps if steps == float("inf") else int(steps)
-
-    @property
-    def train_dataloader(self) -> Any:
-        loaders = self._data.known("fit") if self._data is not None else None
-        if not loaders:
-            return None
-        return loaders[0].iterables if isinstance(loaders[0], CombinedLoader) else loaders[0]
-
-    @property
-    def val_dataloaders(self) -> Any:
-        loaders = self._data.known("validate") if self._data is not None else None
-        return loaders[0] if loaders and len(loaders) == 1 else loaders
-
-    @property
-    def checkpoint_callbacks(self) -> list[ModelCheckpoint]:
-        return [callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint)]
-
-    @property
-    def checkpoint_callback(self) -> ModelCheckpoint | None:
-        return next(iter(self.checkpoint_callbacks), None)
-
-    @property
-    def early_stopping_callbacks(self) -> list[EarlyStopping]:
-        return [callback for callback in self.callbacks if isinstance(callback, EarlyStopping)]
-
-    @property
-    def early_stopping_callback(self) -> EarlyStopping | None:
-        return next(iter(self.early_stopping_callbacks), None)
-
-    @property
-    def progress_bar_callback(self) -> ProgressBar | None:
-        return next((callback for callback in self.callbacks if isinstance(callback, ProgressBar)), None)
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print on the first rank only."""
-        if self.is_global_zero:
-            print(*args, **kwargs)
-
     # --- checkpoints ---
 
     def save_checkpoint(
@@ -805,22 +549,7 @@ class Trainer:
             CheckpointWriteError: it could not be written; what stood there is whole.
         """
         refuse({"storage_options": (storage_options, None, "checkpoints are folders on a file system")})
-        self.profiled(self._save, "save_checkpoint")(filepath, bool(weights_only))
-
-    def _save(self, filepath: str | Path, weights_only: bool) -> None:
-        if self.fit_loop is not None:
-            self.fit_loop.optimization.look()
-        state = run_state.dump(self, weights_only=weights_only)
-        problem: Exception | None = None
-        if self.is_global_zero:
-            try:
-                self.checkpoint_io.save(filepath, state.pop("state_dict"), state)
-            except Exception as error:  # noqa: BLE001 - raised again below, once the other ranks know
-                problem = error
-        if self.world_size > 1 and not self.strategy.broadcast_plain(problem is None) and problem is None:
-            raise ConfigError("checkpoint", "not written by the first rank", "see its error")
-        if problem is not None:
-            raise problem
+        self.profiled(run_state.save, "save_checkpoint")(self, filepath, weights_only=bool(weights_only))
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Remove a checkpoint, when those that were saved after it are whole; the first rank does."""
@@ -830,6 +559,8 @@ class Trainer:
     def _load(self, ckpt_path: str | Path | None) -> dict[str, Any] | None:
         """What is in the checkpoint that ``ckpt_path`` means, if there is one."""
         self.ckpt_path, state = resuming.find(self, ckpt_path)
+        if state is not None:
+            run_state.check_layout(self, state)
         return state
 
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
@@ -845,9 +576,7 @@ class Trainer:
         return self.fit_loop.state_dict() if self.fit_loop is not None else {}
 
     def loader_state(self) -> dict[str, Any]:
-        if self.fit_loop is None:
-            return {}
-        return self.fit_loop.feed.state_dict()
+        return self.fit_loop.feed.state_dict() if self.fit_loop is not None else {}
 
     def resume_from(self, **state: Any) -> None:
         """What is put back when the loop begins: the generators, the loader's position, a group's gradients."""
@@ -878,7 +607,7 @@ class Trainer:
         self._doing = None if stage == "fit" else stage
         self._hooks = None
         own = [] if self.is_nested else model.configure_callbacks()
-        self.callbacks = in_order(_with_module_callbacks(self.own_callbacks, own))
+        self.callbacks = with_own(self.own_callbacks, own)
         self._data = DataSource(
             model,
             datamodule,
@@ -897,36 +626,3 @@ class Trainer:
             self.strategy.teardown()
         self._stage = self._doing = None
         self.sanity_checking = False
-
-
-def _nothing() -> None:
-    return None
-
-
-def _of_optimizer(error: ValueError) -> ValueError:
-    """What torch's optimizers complain of, in our words."""
-    if "empty parameter list" in str(error):
-        return ConfigError("optimizer", "0 parameters", "some to train: model.parameters()")
-    if str(error).startswith("Invalid learning rate"):
-        return ConfigError("lr", str(error).rpartition(" ")[2], "a finite number, 0 or more")
-    return error
-
-
-def _clipping(value: float | None, algorithm: str | None) -> tuple[float | None, str | None]:
-    if algorithm not in (None, "norm", "value"):
-        raise ConfigError("gradient_clip_algorithm", algorithm, "'norm' or 'value'")
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
-        raise ConfigError("gradient_clip_val", value, "a number, 0 or more, or None")
-    return value, algorithm
-
-
-def _with_module_callbacks(callbacks: list[Callback], own: Any) -> list[Callback]:
-    """The module's callbacks take the place of the Trainer's of the same class."""
-    added = [own] if isinstance(own, Callback) else list(own or [])
-    kinds = {type(callback) for callback in added}
-    return [callback for callback in callbacks if type(callback) not in kinds] + added
-
-
-def _by_loader(metrics: dict[str, float], loader_of: dict[str, int], count: int) -> list[dict[str, float]]:
-    """The metrics of each loader, and in each those that belong to none."""
-    return [{n: v for n, v in metrics.items() if loader_of.get(n, number) == number} for number in range(count)]

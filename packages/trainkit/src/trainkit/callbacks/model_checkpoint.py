@@ -35,7 +35,8 @@ class ModelCheckpoint(Checkpoint):
         save_last: also keep the newest as ``last``; "link": as a link to the newest that is kept.
         save_top_k: how many are kept; -1 all, 0 none. Without a metric the newest ones: 2 or more leave one to go on
             from (``ckpt_path="last-valid"``) when the newest is damaged.
-        save_on_exception: save ``last`` when training is left by an exception, Ctrl-C included.
+        save_on_exception: save ``last`` when training is left by an exception, Ctrl-C included; on several ranks by
+            Ctrl-C only.
         save_weights_only: what ``load_from_checkpoint`` needs, and not what a resumed run needs.
         mode: "min" or "max".
         auto_insert_metric_name: write fields as ``name=value`` and not as the value alone.
@@ -168,7 +169,8 @@ class ModelCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: TrainModule, exception: BaseException) -> None:
-        if self.save_on_exception and trainer.is_fitting and trainer.global_step > max(self._saved_step, 0):
+        wanted = self.save_on_exception and self.may_save_after(exception, trainer)
+        if wanted and trainer.is_fitting and trainer.global_step > max(self._saved_step, 0):
             self.save_last_now(trainer)
 
     def save_last_now(self, trainer: Trainer) -> None:
@@ -195,6 +197,9 @@ class ModelCheckpoint(Checkpoint):
                     trainer.remove_checkpoint(old)
         if self.save_last:
             self._save_last(trainer, kept)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
 
     def _save_last(self, trainer: Trainer, kept: Path | None) -> None:
         last = self._last(trainer)

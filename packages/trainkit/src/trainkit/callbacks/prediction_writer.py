@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from common_platform.errors import ConfigError
 from trainkit.callbacks.base import Callback
+from trainkit.loop.iterator import takes_iterator
 
 if TYPE_CHECKING:
     from trainkit.module import TrainModule
@@ -27,6 +28,13 @@ class BasePredictionWriter(Callback):
             raise ConfigError("write_interval", write_interval, f"one of {INTERVALS}")
         self.on_batch = "batch" in write_interval
         self.on_epoch = "epoch" in write_interval
+
+    def setup(self, trainer: Trainer, pl_module: TrainModule, stage: str) -> None:
+        """Raises:
+        ConfigError: ``predict_step`` reads its batches itself, so that nothing is known of them.
+        """
+        if stage == "predict" and takes_iterator(pl_module.predict_step):
+            raise ConfigError(type(self).__name__, "predict_step(dataloader_iter)", "predict_step(batch, batch_idx)")
 
     def write_on_batch_end(
         self, trainer: Trainer, pl_module: TrainModule, prediction: Any, batch_indices: Sequence[int] | None,

@@ -101,11 +101,16 @@ class ProgressBar(Callback):
         left = (time.monotonic() - self._began_at) / done * max(self._total - trainer.global_step, 0)
         return f" left={timedelta(seconds=round(left))}"
 
-    def _metrics(self, trainer: Trainer) -> str:
-        shown = {} if trainer.last_loss is None else {"loss": float(trainer.last_loss)}
+    def get_metrics(self, trainer: Trainer, pl_module: TrainModule) -> dict[str, Any]:
+        """What is shown, by name; override it to show other things."""
+        shown: dict[str, Any] = {} if trainer.last_loss is None else {"loss": float(trainer.last_loss)}
         shown |= {"lr": trainer.learning_rate} if trainer.optimizers else {}
-        shown |= trainer.results.progress_bar_metrics
-        found = " ".join(f"{name}={value:.4g}" for name, value in shown.items())
+        return shown | trainer.results.progress_bar_metrics
+
+    def _metrics(self, trainer: Trainer) -> str:
+        shown = self.get_metrics(trainer, trainer.module)
+        parts = [f"{n}={value:.4g}" if isinstance(value, float) else f"{n}={value}" for n, value in shown.items()]
+        found = " ".join(parts)
         return f"{found} {self._throughput()}" if self._items else found
 
     def _line(self, trainer: Trainer) -> None:

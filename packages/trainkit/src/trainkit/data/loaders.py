@@ -16,7 +16,7 @@ from torch.utils.data import (
 )
 
 from common_platform.errors import ConfigError
-from trainkit.data.sharded import is_sharded
+from trainkit.data.sharded import is_sharded, shard_of
 
 
 class RankSampler(Sampler[int]):
@@ -40,20 +40,25 @@ def num_batches_of(loader: Any) -> float:
         return math.inf
 
 
-def for_rank(loader: Any, rank: int, world_size: int, *, training: bool) -> Any:
-    """The part of ``loader`` that ``rank`` reads: in training as many batches on each, in evaluation each sample once.
+def for_rank(loader: Any, strategy: Any, *, training: bool) -> Any:
+    """The part of ``loader`` that this rank reads: in training as many batches on each, in evaluation each sample once.
 
-    A loader with a sampler of its own kind, or over an iterable dataset, is left alone: it must split itself, as
-    ``ShardedIterable`` does.
+    A loader with a sampler of its own kind, or over an iterable dataset that splits itself, is left alone. Every rank
+    must call it.
     """
+    rank, world_size = strategy.rank, strategy.world_size
     if is_sharded(loader):
         loader.dataset.for_rank(rank, world_size)
-    if world_size == 1 or not _is_known(loader) or isinstance(loader.dataset, IterableDataset):
         return loader
+    if world_size == 1 or not _is_known(loader):
+        return loader
+    if isinstance(loader.dataset, IterableDataset):
+        share = shard_of(loader, strategy, training=training)
+        return loader if share is None else rebuilt(loader, dataset=share)
     usual = {"RandomSampler", "SequentialSampler"}  # of torch, and those of torchdata by the same names
     if type(loader.sampler).__name__ not in usual or type(loader.batch_sampler).__name__ != "BatchSampler":
         return loader
-    length = len(loader.dataset)  # type: ignore[arg-type]
+    length = len(loader.dataset)
     if training:
         shuffle = type(loader.sampler).__name__ == "RandomSampler"
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
@@ -103,12 +108,13 @@ def remembering(loader: Any) -> Any:
 def rebuilt(
     loader: DataLoader[Any],
     *,
+    dataset: Any = None,
     sampler: Any = None,
     batch_sampler: Any = None,
     batch_size: int | None = None,
     num_workers: int | None = None,
 ) -> DataLoader[Any]:
-    """A loader like ``loader`` with another sampler, batch size or number of workers."""
+    """A loader like ``loader`` with another dataset, sampler, batch size or number of workers."""
     workers = loader.num_workers if num_workers is None else num_workers
     chosen: dict[str, Any] = {"batch_sampler": batch_sampler}
     if batch_sampler is None:
@@ -118,8 +124,10 @@ def rebuilt(
         chosen |= {} if iterable else {"sampler": loader.sampler if sampler is None else sampler}
         if size is None and loader.batch_sampler is not None:
             chosen = {"batch_sampler": loader.batch_sampler}
+    if hasattr(loader, "snapshot_every_n_steps"):  # torchdata's
+        chosen["snapshot_every_n_steps"] = loader.snapshot_every_n_steps
     return type(loader)(
-        loader.dataset,
+        loader.dataset if dataset is None else dataset,
         **chosen,
         num_workers=workers,
         collate_fn=loader.collate_fn,

@@ -132,7 +132,7 @@ def is_stateful(loader: Any) -> bool:
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell samplers that shuffle by it which epoch begins."""
-    for one in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None), loader):
+    """Tell samplers, and streams that shuffle by it, which epoch begins."""
+    for one in (*(getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset")), loader):
         if one is not None and hasattr(one, "set_epoch"):
             one.set_epoch(epoch)

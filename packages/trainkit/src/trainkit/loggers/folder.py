@@ -20,8 +20,12 @@ class FolderLogger(Logger):
 
     def __init__(self, save_dir: str | Path, name: str | None, version: int | str | None, prefix: str) -> None:
         root = Path(save_dir, name or "")
-        self.save_dir, self._name, self._prefix = str(save_dir), name, prefix
+        self._save_dir, self._name, self._prefix = str(save_dir), name, prefix
         self._folder = root / _version_folder(root, version)
+
+    @property
+    def save_dir(self) -> str:
+        return self._save_dir
 
     @property
     def log_dir(self) -> str:

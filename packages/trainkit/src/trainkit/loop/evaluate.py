@@ -13,6 +13,7 @@ from common_platform.errors import PlatformError
 from trainkit.data.loaders import num_batches_of
 from trainkit.data_source import batches_of
 from trainkit.hooks import user_error
+from trainkit.loop.iterator import Numbered, StepIterator, takes_iterator
 from trainkit.loop.steps import step_arguments
 
 if TYPE_CHECKING:
@@ -58,10 +59,13 @@ def evaluate(
         with trainer.without_gradients():
             trainer.call(f"{on}_start")
             trainer.call(f"{on}_epoch_start")
-            outputs = [
-                list(_loader(trainer, kind, loader, index if len(loaders) > 1 else None, at_most, keep_outputs))
-                for index, loader in enumerate(loaders)
-            ]
+            if takes_iterator(getattr(module, kind.step)):
+                outputs = _by_iterator(trainer, kind, loaders, at_most, keep_outputs)
+            else:
+                outputs = [
+                    list(_loader(trainer, kind, loader, index if len(loaders) > 1 else None, at_most, keep_outputs))
+                    for index, loader in enumerate(loaders)
+                ]
             results.loader = None
             trainer.predictions = outputs
             results.publish_means()
@@ -86,28 +90,71 @@ def _loader(
     """The batches of one loader; ``number`` is None where it is the only one."""
     results = trainer.results
     takes = step_arguments(getattr(trainer.module, kind.step))
-    limit = trainer.limits.of(kind.stage, num_batches_of(loader))
-    limit = limit if at_most is None else min(limit, at_most)
     extra = () if number is None else (number,)
-    for index, batch in enumerate(
-        islice(_batches(trainer, batches_of(loader)), None if limit == float("inf") else int(limit))
-    ):
+    for index, batch in enumerate(_limited(trainer, kind, loader, at_most)):
         batch = trainer.move(batch, number or 0)
         results.batch, results.loader = batch, number
         trainer.call(f"on_{kind.hooks}_batch_start", batch, index, *extra)
-        try:
-            with trainer.precision_plugin.context(trainer.strategy.device):
-                arguments = (batch, index, number or 0)[: 3 if number is not None else 2]
-                output = trainer.strategy.evaluation_step(kind.step, *arguments[:takes])
-        except PlatformError:
-            raise
-        except Exception as error:
-            where = f"{type(trainer.module).__name__}.{kind.step}"
-            raise user_error(where, f"batch {index}", error) from error
+        arguments = (batch, index, number or 0)[: 3 if number is not None else 2]
+        output = _step(trainer, kind, index, *arguments[:takes])
         trainer.call(f"on_{kind.hooks}_batch_end", output, batch, index, *extra)
         trainer.call_last(f"on_{kind.hooks}_batch_end", output, batch, index, *extra)
         if keep_outputs:
             yield output
+
+
+def _by_iterator(
+    trainer: Trainer, kind: Evaluation, loaders: list[Any], at_most: int | None, keep_outputs: bool
+) -> list[list[Any]]:
+    """The same for a step that reads its batches itself, those of one loader after those of the other."""
+    several = len(loaders) > 1
+    iterator = StepIterator(_of_all(trainer, kind, loaders, at_most))
+    outputs: list[list[Any]] = [[] for _ in loaders]
+    while not iterator.done:
+        number = iterator.dataloader_idx
+        extra = (number,) if several else ()
+        trainer.results.batch, trainer.results.loader = iterator.batch, number if several else None
+        trainer.call(f"on_{kind.hooks}_batch_start", iterator.batch, iterator.batch_idx, *extra)
+        try:
+            output = _step(trainer, kind, iterator.batch_idx, iterator)
+        except StopIteration:
+            break
+        number = iterator.dataloader_idx
+        about = (output, iterator.batch, iterator.batch_idx, *((number,) if several else ()))
+        trainer.call(f"on_{kind.hooks}_batch_end", *about)
+        trainer.call_last(f"on_{kind.hooks}_batch_end", *about)
+        if keep_outputs:
+            outputs[number].append(output)
+    return outputs
+
+
+def _of_all(trainer: Trainer, kind: Evaluation, loaders: list[Any], at_most: int | None) -> Iterator[Numbered]:
+    lengths = [_limit(trainer, kind, loader, at_most) for loader in loaders]
+    for number, loader in enumerate(loaders):
+        is_last_loader = not any(lengths[number + 1 :])
+        for index, batch in enumerate(_limited(trainer, kind, loader, at_most)):
+            yield batch, index, number, is_last_loader and index + 1 == lengths[number]
+
+
+def _limit(trainer: Trainer, kind: Evaluation, loader: Any, at_most: int | None) -> float:
+    limit = trainer.limits.of(kind.stage, num_batches_of(loader))
+    return limit if at_most is None else min(limit, at_most)
+
+
+def _limited(trainer: Trainer, kind: Evaluation, loader: Any, at_most: int | None) -> Iterator[Any]:
+    limit = _limit(trainer, kind, loader, at_most)
+    return islice(_batches(trainer, batches_of(loader)), None if limit == float("inf") else int(limit))
+
+
+def _step(trainer: Trainer, kind: Evaluation, index: int, *arguments: Any) -> Any:
+    try:
+        with trainer.precision_plugin.context(trainer.strategy.device):
+            return trainer.strategy.evaluation_step(kind.step, *arguments)
+    except (PlatformError, StopIteration):
+        raise
+    except Exception as error:
+        where = f"{type(trainer.module).__name__}.{kind.step}"
+        raise user_error(where, f"batch {index}", error) from error
 
 
 def _batches(trainer: Trainer, loader: Any) -> Iterator[Any]:
@@ -121,6 +168,11 @@ def _batches(trainer: Trainer, loader: Any) -> Iterator[Any]:
             raise user_error("the loader", f"batch {number}, rank {trainer.global_rank}", error) from error
         yield batch
         number += 1
+
+
+def by_loader(metrics: dict[str, float], loader_of: dict[str, int], count: int) -> list[dict[str, float]]:
+    """The metrics of each loader, and in each those that belong to none."""
+    return [{n: v for n, v in metrics.items() if loader_of.get(n, number) == number} for number in range(count)]
 
 
 def inference(enabled: bool) -> Any:

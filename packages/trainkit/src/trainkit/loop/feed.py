@@ -23,19 +23,22 @@ class Feed:
     Args:
         train: the training batches as the loader makes them.
         num_batches: of an epoch; infinite: as many as there are.
+        as_read: whether batches are given as the loader made them, to a step that moves them itself.
 
     Raises:
         CollectiveMismatch: the ranks' loaders have different lengths, so that some would wait for ever.
     """
 
-    def __init__(self, trainer: Trainer, train: Resumable, num_batches: float) -> None:
+    def __init__(self, trainer: Trainer, train: Resumable, num_batches: float, *, as_read: bool = False) -> None:
         self._trainer = trainer
         self._batches: Iterator[Any] = iter(())
         self._ahead: list[Any] = []  # a batch read ahead, to know which one is the last or to move it early
         self._raw_before_ahead: Any = None  # generators when it was read
         self._loader_before_ahead: dict[str, Any] = {}
         self._before_ahead: dict[str, Any] | None = None
-        self.move = trainer.data.mover()
+        self._as_read = as_read
+        self.taken = 0  # batches of this epoch that were given
+        self.move = trainer.data.mover() if not as_read else _as_it_is
         self.replace(train, num_batches)
 
     def replace(self, train: Resumable, num_batches: float) -> None:
@@ -50,6 +53,8 @@ class Feed:
 
     def _make_prefetch(self) -> DevicePrefetch | None:
         trainer = self._trainer
+        if self._as_read:
+            return None
         wanted = trainer.prefetch_to_device
         if wanted is None:
             loader = trainer.loaders("fit")[0]
@@ -64,9 +69,11 @@ class Feed:
     def begin_epoch(self) -> None:
         """Go to where the run stands in its epoch; generators are put back after the loader has drawn from them."""
         progress = self._trainer.progress
-        self._batches = self.train.batches(progress.epoch, progress.batch)
+        if not self._as_read or not progress.batch:  # a step that reads for itself may have read more than one
+            self.taken = progress.batch
+        self._batches = self.train.batches(progress.epoch, self.taken)
         self._ahead.clear()
-        if progress.batch and self._reads_ahead:
+        if self.taken and self._reads_ahead:
             if self._before_ahead is not None:
                 set_rng_state(self._before_ahead)
             self._read_ahead()  # which was read before the state was saved
@@ -86,10 +93,11 @@ class Feed:
         except StopIteration:
             found = None
         if self._ranks_may_differ:
-            self._check_same_on_all(self._trainer.progress.batch + (found is not None) + len(self._ahead))
+            self._check_same_on_all(self.taken + (found is not None) + len(self._ahead))
         if found is None:
             return None
         batch, is_last = found
+        self.taken += 1
         if not self._trainer.progress.total_batches:
             warn_of_equal_batches(self._trainer.loaders("fit")[0], batch, self._trainer.strategy)
         return self.move(batch, 0) if self._prefetch is None else self._prefetch.receive(batch), is_last
@@ -101,12 +109,11 @@ class Feed:
             StopIteration: there is none.
             UserCodeError: the loader raised.
         """
-        progress = self._trainer.progress
         try:
             if not self._reads_ahead:
-                return next(self._batches), progress.batch + 1 == self._num_batches
+                return next(self._batches), self.taken + 1 == self._num_batches
             batch = self._ahead.pop() if self._ahead else self._send(next(self._batches))
-            if progress.batch + 1 == self._num_batches:
+            if self.taken + 1 == self._num_batches:
                 return batch, True
             self._raw_before_ahead = raw_rng_state()
             self._loader_before_ahead = self.train.state_dict()
@@ -115,7 +122,7 @@ class Feed:
         except (StopIteration, PlatformError):
             raise
         except Exception as error:
-            at = f"batch {progress.batch}, rank {self._trainer.global_rank}"
+            at = f"batch {self.taken}, rank {self._trainer.global_rank}"
             raise user_error("the training loader", at, error) from error
 
     def _read_ahead(self) -> None:
@@ -139,7 +146,7 @@ class Feed:
         """Where this rank's loader stands; with a batch read ahead, where it stood before."""
         loader = self._loader_before_ahead if self._ahead else self.train.state_dict()
         ahead = rng_state(self._raw_before_ahead) if self._raw_before_ahead is not None else None
-        return {"loader": loader, "ahead": ahead, "num_batches": self.train.num_batches}
+        return {"loader": loader, "ahead": ahead, "num_batches": self.train.num_batches, "taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises:
@@ -153,3 +160,8 @@ class Feed:
                                   f"after batch {done} of an epoch")  # fmt: skip
         self.train.load_state_dict(state["loader"])
         self._before_ahead = state["ahead"]
+        self.taken = state.get("taken", done)
+
+
+def _as_it_is(batch: Any, loader: int) -> Any:
+    return batch

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from common_platform.errors import ConfigError
 from trainkit.data import Resumable
 from trainkit.limits import FOREVER
 from trainkit.loop.evaluate import VALIDATION, evaluate
 from trainkit.loop.feed import Feed
+from trainkit.loop.iterator import NAME as ITERATOR
+from trainkit.loop.iterator import Numbered, StepIterator
 from trainkit.loop.optimization import AutomaticOptimization, ManualOptimization
 
 if TYPE_CHECKING:
@@ -65,7 +69,7 @@ class FitLoop:
         self._measure(train)
         automatic = trainer.module.automatic_optimization
         self.optimization = AutomaticOptimization(trainer) if automatic else ManualOptimization(trainer)
-        self.feed = Feed(trainer, train, self.num_batches)
+        self.feed = self._make_feed(train)
         self._reload_every = trainer.reload_dataloaders_every_n_epochs
         self._loaded_in = trainer.progress.epoch // max(self._reload_every, 1) * self._reload_every  # which epoch
         self._validation_loaded_in = self._first_load_of_validation()
@@ -76,6 +80,13 @@ class FitLoop:
         self._on_batch_start: Method | None = None
         self._on_batch_end: Method | None = None
         self._keep_after_batch: Method | None = None
+
+    def _make_feed(self, train: Resumable) -> Feed:
+        return Feed(self.trainer, train, self._num_fed(train))
+
+    def _num_fed(self, train: Resumable) -> float:
+        """Batches of an epoch that are read."""
+        return self.num_batches
 
     def _measure(self, train: Resumable) -> None:
         limits = self.trainer.limits
@@ -143,7 +154,7 @@ class FitLoop:
         self.trainer.data.forget("fit")
         train = self.trainer.train_batches()
         self._measure(train)
-        self.feed.replace(train, self.num_batches)
+        self.feed.replace(train, self._num_fed(train))
 
     def _first_load_of_validation(self) -> float | None:
         """The epoch that the sanity check's loaders count for; None: those of the first validation are new."""
@@ -171,28 +182,43 @@ class FitLoop:
 
     def _batch(self) -> bool:
         """One micro-batch; False where the epoch ends before it."""
-        trainer = self.trainer
-        progress, results = trainer.progress, trainer.results
         found = self.feed.next()
         if found is None:  # the loader gave less than its length
             self._finish_group()
             return False
         batch, is_last = found
-        index = progress.batch
-        results.batch, results.in_batch = batch, True
-        progress.log_step = progress.steps_logged
+        index = self.trainer.progress.batch
+        if not self._begin_batch(batch, index):
+            return False
+        is_first, steps, expected = self._place_in_group(index, is_last)
+        outputs = self.optimization.run(batch, index, is_first, steps, expected)
+        self._end_batch(outputs, batch, index, steps, is_last)
+        return True
+
+    def _begin_batch(self, batch: Any, index: int) -> bool:
+        """False where a hook ends the epoch."""
+        trainer = self.trainer
+        trainer.results.batch, trainer.results.in_batch = batch, True
+        trainer.progress.log_step = trainer.progress.steps_logged
         if self._on_batch_start is not None and self._on_batch_start(batch, index) == -1:
-            trainer.step_schedulers("epoch", progress.epoch + 1)
+            trainer.stepping.step_schedulers("epoch", trainer.progress.epoch + 1)
             self._ended_early = True
             return False
+        return True
+
+    def _place_in_group(self, index: int, is_last: bool) -> tuple[bool, bool, int]:
+        """Whether a micro-batch is the first of its group and whether the last, and how many come from it on."""
         is_first = self._group_left == 0
         if is_first:
             self._group_left = self._length_of_group(index)
         expected = self._group_left
         self._group_left = 0 if is_last else expected - 1
-        steps = self._group_left == 0
-        outputs = self.optimization.run(batch, index, is_first, steps, expected)
-        progress.batch = index + 1
+        return is_first, self._group_left == 0, expected
+
+    def _end_batch(self, outputs: Any, batch: Any, index: int, steps: bool, is_last: bool) -> None:
+        trainer = self.trainer
+        progress, results = trainer.progress, trainer.results
+        progress.batch += 1
         progress.total_batches += 1
         progress.steps_logged += steps
         progress.phase = BATCH
@@ -206,7 +232,6 @@ class FitLoop:
         results.in_batch, results.batch = False, None
         if self._keep_after_batch is not None:
             self._keep_after_batch(outputs, batch, index)
-        return True
 
     def _length_of_group(self, index: int) -> int:
         length = self.trainer.accumulate_grad_batches
@@ -214,9 +239,9 @@ class FitLoop:
 
     def _step_schedulers(self, steps: bool, is_last: bool) -> None:
         if steps:
-            self.trainer.step_schedulers("step", self.progress.batch)
+            self.trainer.stepping.step_schedulers("step", self.progress.batch)
         if is_last:
-            self.trainer.step_schedulers("epoch", self.progress.epoch + 1)
+            self.trainer.stepping.step_schedulers("epoch", self.progress.epoch + 1)
 
     def _finish_group(self) -> None:
         if self._group_left and isinstance(self.optimization, AutomaticOptimization):
@@ -233,7 +258,7 @@ class FitLoop:
         if self.validation and progress.phase == BATCH and self._validation_is_due():
             self.validate()
         if trainer.schedulers and self._group_left == 0:
-            trainer.step_schedulers("step", progress.batch, plateau=True)
+            trainer.stepping.step_schedulers("step", progress.batch, plateau=True)
         progress.phase = QUIET
 
     def _validation_is_due(self) -> bool:
@@ -268,12 +293,15 @@ class FitLoop:
         self.optimization.look()
         results.publish_means()
         trainer.call("on_train_epoch_end")
-        if (not self._ended_early and progress.batch >= self.num_batches) or math.isinf(self.num_batches):
-            trainer.step_schedulers("epoch", progress.epoch + 1, plateau=True)
+        if self._is_whole_epoch():
+            trainer.stepping.step_schedulers("epoch", progress.epoch + 1, plateau=True)
         trainer.log_metrics(results.take_means())
         progress.phase = EPOCH
         trainer.agree_to_stop()
         trainer.call_last("on_train_epoch_end")
+
+    def _is_whole_epoch(self) -> bool:
+        return math.isinf(self.num_batches) or (not self._ended_early and self.progress.batch >= self.num_batches)
 
     # --- resuming ---
 
@@ -292,3 +320,65 @@ class FitLoop:
         for name, parameter in self.trainer.module.named_parameters():
             if name in state["gradients"]:
                 parameter.grad = state["gradients"][name].to(parameter.device)
+
+
+class IteratorFitLoop(FitLoop):
+    """The loop of a ``training_step(self, dataloader_iter)``, which reads as many batches a step as it likes.
+
+    What is counted are its steps. The epoch ends when the loader does, also in the middle of a step: what that step has
+    read is not trained on.
+    """
+
+    iterator = StepIterator(())  # of the epoch under way
+
+    def _make_feed(self, train: Resumable) -> Feed:
+        if self.trainer.prefetch_to_device:
+            raise ConfigError("prefetch_to_device", True, f"None beside a training_step that takes {ITERATOR}")
+        return Feed(self.trainer, train, self._num_fed(train), as_read=True)
+
+    def _num_fed(self, train: Resumable) -> float:
+        return train.num_batches
+
+    def _look_up(self) -> None:
+        super()._look_up()
+        self.iterator = StepIterator(self._from_feed(), taken=self.feed.taken, length=self.feed.train.num_batches)
+
+    def _from_feed(self) -> Iterator[Numbered]:
+        while (found := self.feed.next()) is not None:
+            yield found[0], self.feed.taken - 1, 0, found[1]
+
+    def _batch(self) -> bool:
+        iterator, progress = self.iterator, self.trainer.progress
+        if iterator.done:
+            self._finish_group()
+            return False
+        if not self._begin_batch(iterator.batch, iterator.batch_idx):
+            return False
+        is_last = progress.batch + 1 == self.num_batches
+        left = self._group_left
+        is_first, steps, expected = self._place_in_group(progress.batch, is_last)
+        self.trainer.results.needs_weight = True
+        try:
+            outputs = self.optimization.run(iterator, progress.batch, is_first, steps, expected)
+        except StopIteration:
+            self._group_left = left  # this step has added nothing
+            self._end_with_loader()
+            return False
+        finally:
+            self.trainer.results.needs_weight = False
+        self._end_batch(outputs, iterator.batch, iterator.batch_idx, steps, is_last or iterator.done)
+        return True
+
+    def _end_with_loader(self) -> None:
+        """The loader has ended in the middle of a step: what else is done after the last one."""
+        self._finish_group()
+        self.trainer.stepping.step_schedulers("epoch", self.progress.epoch + 1)
+        self.progress.phase = BATCH
+        self._after_batch()
+
+    def _validation_is_due(self) -> bool:
+        ends = self.iterator.done and self.trainer.limits.validates_in(self.progress.epoch)
+        return ends or super()._validation_is_due()
+
+    def _is_whole_epoch(self) -> bool:
+        return super()._is_whole_epoch() or (not self._ended_early and self.iterator.done)

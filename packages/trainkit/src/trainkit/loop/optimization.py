@@ -111,7 +111,7 @@ class AutomaticOptimization(Optimization):
         self._on_after_backward: Method | None = None
         self._steps_itself = self._clears_itself = self._clips_itself = False
         self._backward = self._compute_gradients
-        self._make_step = trainer.make_step
+        self._make_step = trainer.stepping.make_step
 
     def look_up(self) -> None:
         super().look_up()
@@ -124,7 +124,7 @@ class AutomaticOptimization(Optimization):
         )
         self._clips_itself |= clips_in_its_way
         self._backward = trainer.profiled(self._compute_gradients, "backward")
-        self._make_step = trainer.profiled(trainer.make_step, "optimizer_step")
+        self._make_step = trainer.profiled(trainer.stepping.make_step, "optimizer_step")
 
     def run(self, batch: Any, index: int, is_first: bool, is_last: bool, expected: int) -> dict[str, Any]:
         """One micro-batch.

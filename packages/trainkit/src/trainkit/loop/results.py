@@ -69,6 +69,7 @@ class Results:
         self.evaluating = False
         self.in_batch = False  # whether a value is of one step by default
         self.refused: str | None = None  # where nothing can be logged
+        self.needs_weight = False  # where a step reads its batches itself, so that their size is not known
         self.loader: int | None = None  # the number of the loader, where there are several
         self.loader_of: dict[str, int] = {}  # what was logged for one of several loaders
         self.batch: Any = None
@@ -95,10 +96,13 @@ class Results:
         """See ``TrainModule.log``.
 
         Raises:
-            TrainingError: it is no number, is reduced in an unknown way, or nothing can be logged here.
+            TrainingError: it is no number, is reduced in an unknown way, or cannot be logged here.
         """
         if self.refused is not None:
             raise TrainingError(f"log({name!r})", self.refused, "a hook of training, validation or test")
+        if self.needs_weight and weight is None:
+            raise TrainingError(f"log({name!r})", "no batch_size", "log(..., batch_size=n) in a training_step of "
+                                "dataloader_iter", code="user_code")  # fmt: skip
         entries = self._evaluation if self.evaluating else self._training
         key = f"{name}/dataloader_idx_{self.loader}" if self.loader is not None and by_loader else name
         entry = entries.get(key)

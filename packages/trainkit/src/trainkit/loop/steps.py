@@ -8,18 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from common_platform.errors import ConfigError, TrainingError
+from common_platform.errors import TrainingError
 
 
 def step_arguments(step: Callable[..., Any]) -> int:
-    """How many of (batch, batch_idx, dataloader_idx) ``step`` takes.
-
-    Raises:
-        ConfigError: it wants the loader's iterator, which is not supported.
-    """
+    """How many of (batch, batch_idx, dataloader_idx) ``step`` takes; one that reads its batches itself takes 1."""
     parameters = inspect.signature(step).parameters
-    if "dataloader_iter" in parameters:
-        raise ConfigError("training_step", "dataloader_iter", "batch, batch_idx: an iterator is not supported")
     if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
         return 3
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters.values())

@@ -4,7 +4,7 @@ from trainkit.callbacks.base import Callback
 from trainkit.data.module import DataModule as LightningDataModule
 from trainkit.data.seed import seed_everything
 from trainkit.module import TrainModule as LightningModule
-from trainkit.pytorch import callbacks, loggers, plugins, strategies, tuner, utilities
+from trainkit.pytorch import callbacks, core, loggers, plugins, profilers, strategies, trainer, tuner, utilities
 from trainkit.trainer import Trainer
 
 __all__ = [
@@ -13,10 +13,13 @@ __all__ = [
     "LightningModule",
     "Trainer",
     "callbacks",
+    "core",
     "loggers",
     "plugins",
+    "profilers",
     "seed_everything",
     "strategies",
+    "trainer",
     "tuner",
     "utilities",
 ]

@@ -12,6 +12,7 @@ from trainkit.checkpoint import CheckpointIO
 from trainkit.data.seed import rng_state, set_rng_state
 from trainkit.loop.fit import Progress
 from trainkit.loop.results import Results
+from trainkit.loop.stepping import Stepping
 
 if TYPE_CHECKING:
     from trainkit.module import TrainModule
@@ -31,6 +32,7 @@ def sibling(trainer: Trainer, callbacks: list[Any], **limits: Any) -> Trainer:
     other.checkpoint_io = CheckpointIO()
     other.num_sanity_val_steps = 0
     other.progress, other.results = Progress(), Results(trainer.strategy)
+    other.stepping = Stepping(other)
     other.should_stop = False
     other.evaluation_metrics, other.predictions = {}, []
     other.fit_loop = None
