@@ -16,7 +16,7 @@ from common_platform.errors import ConfigError, DistError, exit_code
 LOOK_EVERY_S = 0.2
 GRACE_S = 5.0  # for the main thread to end by itself when another rank is lost
 END_S = 20.0  # for the other ranks to end when this one has
-HURRY_S = 1.0  # for the same, when this one ends by an error
+HURRY_S = 0.4  # for the same, when this one ends by an error
 LOST = exit_code(DistError())
 FAILED = "rank_failed"  # the code of an error that another rank's own error has caused
 PARENT = "TRAINKIT_PARENT"  # the process id of the rank that started this one

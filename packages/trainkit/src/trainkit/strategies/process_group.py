@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import time
+import traceback
 import weakref
 from collections.abc import Mapping
 from datetime import timedelta
@@ -217,6 +218,7 @@ def _run(what: str, operation: Any, *arguments: Any) -> None:
     try:
         operation(*(_lend(argument) for argument in arguments))
     except RuntimeError as error:
+        traceback.clear_frames(error.__traceback__)  # which hold what was lent
         raise _lost(what, error) from error
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 BEAT_S = 0.5
-SILENT_S = 2.5  # without a sign of life, while others give theirs
+SILENT_S = 3.0  # without a sign of life, while others give theirs
 ANSWER_S = 2.0  # the store is on this machine or in its network
 MOST_WORDS = 200
 ENDED = "ended by"
