@@ -67,10 +67,16 @@ class Bounds:
         seconds = max(weights / self.read, linear + shape.attention(seen) / self.peak[kv])
         for step in range(1, max(workload.outputs)):
             keys = [len(p) + step for p, n in zip(workload.prompts, workload.outputs, strict=True) if n > step]
-            read = weights + shape.kv_numbers * sum(keys) * BYTES[kv]
-            linear = 2.0 * len(keys) * (shape.layer_weights + shape.head_weights) / self.peak[family]
-            seconds += max(read / self.read, linear + shape.attention(sum(keys)) / self.peak[kv])
+            seconds += self.decode_step(family, len(keys), sum(keys), shape)
         return float(workload.tokens / seconds)
+
+    def decode_step(self, family: str, rows: int, keys: int, shape: Shape) -> float:
+        """Seconds of a step of one token a row, which look at ``keys`` tokens in all."""
+        kv = "fp32" if family == "fp32" else "bf16"
+        weights = shape.layer_weights * BYTES[family] + shape.head_weights * HEAD_BYTES[family]
+        read = weights + shape.kv_numbers * keys * BYTES[kv]
+        linear = 2.0 * rows * (shape.layer_weights + shape.head_weights) / self.peak[family]
+        return max(read / self.read, linear + shape.attention(keys) / self.peak[kv])
 
 
 def measure_bounds(threads: int) -> Bounds:

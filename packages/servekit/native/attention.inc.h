@@ -15,14 +15,21 @@ using servekit::PARTIAL_EXTRA;
 using servekit::Scratch;
 
 constexpr float NOTHING = -INFINITY;
-constexpr int FEW_ROWS = 16;
-constexpr int TILE_VECTORS = LANES == 16 ? 4 : 2;  // of a tile of 6 rows
+constexpr int FEW_ROWS = 16;  // of queries, for which memory is waited for
+constexpr int TILE_ROWS = 6, TILE_VECTORS = LANES == 16 ? 4 : 2;
+
+// Not inlined: the sums of a tile need all registers.
+#define SK_APART __attribute__((noinline))
 
 // Scores of `rows` queries and LANES * NV keys; a vector of keys begins at each of `keys`, `step` bytes a depth.
+// `next`: as much of what is read afterwards stands there for each vector, and is asked for; or null.
 template <class D, int MR, int NV>
-inline void score_tile(const typename D::Value* q, int width, const uint8_t* const* keys, size_t step, float* out) {
+SK_APART void score_tile(const typename D::Value* q, int width, const uint8_t* const* keys, const uint8_t* const* next,
+                       size_t step, float* out) {
   vf sums[MR][NV] = {};
   for (int d = 0; d < width / D::DEPTH; ++d) {
+    if (next)
+      for (int v = 0; v < NV; ++v) __builtin_prefetch(next[v] + d * VECTOR, 0, 2);
     typename D::Weights w[NV];
     for (int v = 0; v < NV; ++v) w[v] = D::load(keys[v] + d * step);
     for (int r = 0; r < MR; ++r)
@@ -33,20 +40,15 @@ inline void score_tile(const typename D::Value* q, int width, const uint8_t* con
 }
 
 template <class D, int NV>
-void score_rows(const typename D::Value* q, int rows, int width, const uint8_t* const* keys, size_t step, float* out) {
-  while (rows > 0) {
-    const int n = rows >= 6 ? 6 : rows;
-    switch (n) {
-      case 1: score_tile<D, 1, NV>(q, width, keys, step, out); break;
-      case 2: score_tile<D, 2, NV>(q, width, keys, step, out); break;
-      case 3: score_tile<D, 3, NV>(q, width, keys, step, out); break;
-      case 4: score_tile<D, 4, NV>(q, width, keys, step, out); break;
-      case 5: score_tile<D, 5, NV>(q, width, keys, step, out); break;
-      default: score_tile<D, 6, NV>(q, width, keys, step, out);
-    }
-    q += n * width;
-    out += n * KEY_TILE;
-    rows -= n;
+void score_rows(const typename D::Value* q, int rows, int width, const uint8_t* const* keys, const uint8_t* const* next,
+                size_t step, float* out) {
+  switch (rows) {
+    case 1: return score_tile<D, 1, NV>(q, width, keys, next, step, out);
+    case 2: return score_tile<D, 2, NV>(q, width, keys, next, step, out);
+    case 3: return score_tile<D, 3, NV>(q, width, keys, next, step, out);
+    case 4: return score_tile<D, 4, NV>(q, width, keys, next, step, out);
+    case 5: return score_tile<D, 5, NV>(q, width, keys, next, step, out);
+    default: return score_tile<D, 6, NV>(q, width, keys, next, step, out);
   }
 }
 
@@ -80,38 +82,42 @@ void score_block_plainly<BF16>(const BF16::Value* q, int rows, int width, const 
     }
 }
 
-// out[rows][width] += p[rows][keys] * values, block after block.
+// out[rows][width] += p[rows][keys] * values, block after block. `next`: blocks that are read afterwards, or null.
 template <class D, int MR, int NV>
-inline void value_tile(const typename D::Value* p, const uint8_t* const* blocks, int num_keys, int size, int width,
-                       float* out) {
+SK_APART void value_tile(const typename D::Value* p, const uint8_t* const* blocks, const uint8_t* const* next,
+                       int num_keys, int size, int width, float* out) {
+  const size_t row = static_cast<size_t>(width) * 4;
   vf sums[MR][NV];
   for (int r = 0; r < MR; ++r)
     for (int v = 0; v < NV; ++v) sums[r][v] = load(out + r * width + v * LANES);
   for (int first = 0, b = 0; first < num_keys; first += size, ++b) {
     const int keys = num_keys - first < size ? num_keys - first : size;
     const int steps = (keys + D::DEPTH - 1) / D::DEPTH;
-    sum_tile<D, MR, NV>(p + first, KEY_TILE, blocks[b], static_cast<size_t>(width) * 4, steps, sums);
+    const auto* x = p + first;
+    const uint8_t *w = blocks[b], *then = next ? next[b] : nullptr;
+    for (int s = 0; s < steps; ++s, w += row, x += D::DEPTH) {
+      if (then)
+        for (int v = 0; v < NV; ++v) __builtin_prefetch(then + s * row + v * VECTOR, 0, 2);
+      typename D::Weights weights[NV];
+      for (int v = 0; v < NV; ++v) weights[v] = D::load(w + v * VECTOR);
+      for (int r = 0; r < MR; ++r)
+        for (int v = 0; v < NV; ++v) sums[r][v] = D::add(sums[r][v], weights[v], x + r * KEY_TILE);
+    }
   }
   for (int r = 0; r < MR; ++r)
     for (int v = 0; v < NV; ++v) store(out + r * width + v * LANES, sums[r][v]);
 }
 
 template <class D, int NV>
-void value_rows(const typename D::Value* p, int rows, const uint8_t* const* blocks, int num_keys, int size, int width,
-                float* out) {
-  while (rows > 0) {
-    const int n = rows >= 6 ? 6 : rows;
-    switch (n) {
-      case 1: value_tile<D, 1, NV>(p, blocks, num_keys, size, width, out); break;
-      case 2: value_tile<D, 2, NV>(p, blocks, num_keys, size, width, out); break;
-      case 3: value_tile<D, 3, NV>(p, blocks, num_keys, size, width, out); break;
-      case 4: value_tile<D, 4, NV>(p, blocks, num_keys, size, width, out); break;
-      case 5: value_tile<D, 5, NV>(p, blocks, num_keys, size, width, out); break;
-      default: value_tile<D, 6, NV>(p, blocks, num_keys, size, width, out);
-    }
-    p += n * KEY_TILE;
-    out += n * width;
-    rows -= n;
+void value_rows(const typename D::Value* p, int rows, const uint8_t* const* blocks, const uint8_t* const* next,
+                int num_keys, int size, int width, float* out) {
+  switch (rows) {
+    case 1: return value_tile<D, 1, NV>(p, blocks, next, num_keys, size, width, out);
+    case 2: return value_tile<D, 2, NV>(p, blocks, next, num_keys, size, width, out);
+    case 3: return value_tile<D, 3, NV>(p, blocks, next, num_keys, size, width, out);
+    case 4: return value_tile<D, 4, NV>(p, blocks, next, num_keys, size, width, out);
+    case 5: return value_tile<D, 5, NV>(p, blocks, next, num_keys, size, width, out);
+    default: return value_tile<D, 6, NV>(p, blocks, next, num_keys, size, width, out);
   }
 }
 
@@ -130,7 +136,7 @@ class QueryTile {
       return found;
     };
     const size_t n = static_cast<size_t>(rows_);
-    scores_ = reinterpret_cast<float*>(take(n * KEY_TILE * 4));
+    scores_ = reinterpret_cast<float*>(take(static_cast<size_t>(TILE_ROWS) * KEY_TILE * 4));
     out_ = reinterpret_cast<float*>(take(n * width_ * 4));
     highest_ = reinterpret_cast<float*>(take(n * 4));
     total_ = reinterpret_cast<float*>(take(n * 4));
@@ -165,31 +171,46 @@ class QueryTile {
 
   void turn(int64_t first, int num_keys) {
     const int num_blocks = (num_keys + size_ - 1) / size_;
-    const uint8_t* keys[KEY_TILE / 8];
-    const uint8_t* values[KEY_TILE / 8];
+    const uint8_t *keys[KEY_TILE / 8], *values[KEY_TILE / 8], *next_keys[KEY_TILE / 8], *next_values[KEY_TILE / 8];
     alignas(64) float key_scales[KEY_TILE], value_scales[KEY_TILE];
     const size_t halves = static_cast<size_t>(op_.cache.num_blocks) * op_.cache.kv_heads;  // from keys to values
-    const auto* base = static_cast<const uint8_t*>(op_.cache.data);
     for (int b = 0; b < num_blocks; ++b) {
-      const size_t place = static_cast<size_t>(task_.table[first / size_ + b]) * op_.cache.kv_heads + task_.kv_head;
-      keys[b] = base + place * head_bytes();
-      values[b] = keys[b] + halves * head_bytes();
+      const size_t place = place_of(task_, first / size_ + b);
+      keys[b] = block_at(place);
+      values[b] = block_at(halves + place);
       if (!is_bytes()) continue;
       const size_t bytes = static_cast<size_t>(size_) * 4;
       std::memcpy(key_scales + b * size_, op_.cache.scales + place * size_, bytes);
       std::memcpy(value_scales + b * size_, op_.cache.scales + (halves + place) * size_, bytes);
     }
-    const bool is_short = rows_ <= FEW_ROWS;  // memory is waited for: ask for what comes next while there is work
-    if (is_short) ask(values, num_blocks, head_bytes());
-    if (is_bytes()) spread(keys, num_blocks);
-    score(keys, num_blocks);
-    if (is_short) ask_after(first + num_keys);
-    if (is_bytes())
-      for (int r = 0; r < rows_; ++r) weigh<true>(r, first, num_keys, key_scales, value_scales);
-    else
-      for (int r = 0; r < rows_; ++r) weigh<false>(r, first, num_keys, nullptr, nullptr);
-    if (is_bytes()) spread(values, num_blocks);
-    use(values, num_keys);
+    // With few rows memory is waited for: what the next tile reads is asked for while there is work, a line a vector.
+    const bool is_short = rows_ <= FEW_ROWS, asks = is_short && !is_bytes();
+    if (is_short) find_after(first + num_keys, num_blocks, halves, next_keys, next_values);
+    if (is_bytes()) {
+      if (is_short) ask(next_keys, num_blocks);
+      spread(keys, num_blocks);
+    }
+    for (int r = 0; r < rows_; r += TILE_ROWS) {
+      const int rows = rows_ - r < TILE_ROWS ? rows_ - r : TILE_ROWS;
+      score(r, rows, keys, num_blocks, asks && r == 0 ? next_keys : nullptr);
+      for (int i = 0; i < rows; ++i) {
+        if (is_bytes()) weigh<true>(r + i, scores_ + i * KEY_TILE, first, num_keys, key_scales, value_scales);
+        else weigh<false>(r + i, scores_ + i * KEY_TILE, first, num_keys, nullptr, nullptr);
+      }
+    }
+    if (is_bytes()) {
+      if (is_short) ask(next_values, num_blocks);
+      spread(values, num_blocks);
+    }
+    for (int r = 0; r < rows_; r += TILE_ROWS)
+      use(r, rows_ - r < TILE_ROWS ? rows_ - r : TILE_ROWS, values, num_keys, asks && r == 0 ? next_values : nullptr);
+  }
+
+  size_t place_of(const AttentionTask& task, int64_t block) const {
+    return static_cast<size_t>(task.table[block]) * op_.cache.kv_heads + task.kv_head;
+  }
+  const uint8_t* block_at(size_t place) const {
+    return static_cast<const uint8_t*>(op_.cache.data) + place * head_bytes();
   }
 
   // Makes blocks of bytes ones of bf16, and `blocks` point to those.
@@ -201,52 +222,57 @@ class QueryTile {
     }
   }
 
-  static void ask(const uint8_t* const* parts, int count, size_t bytes) {
+  void ask(const uint8_t* const* blocks, int count) const {
     for (int i = 0; i < count; ++i)
-      for (size_t at = 0; at < bytes; at += LINE) __builtin_prefetch(parts[i] + at, 0, 2);
+      for (size_t at = 0; at < head_bytes(); at += LINE) __builtin_prefetch(blocks[i] + at, 0, 2);
   }
 
-  // The keys that are looked at after this tile: of this task, or the first ones of the next.
-  void ask_after(int64_t first) {
-    const AttentionTask* task = first < task_.last_key ? &task_ : next_;
-    if (!task) return;
-    if (task == next_) first = task->first_key;
-    const auto* base = static_cast<const uint8_t*>(op_.cache.data);
-    const int64_t last = first + KEY_TILE < task->last_key ? first + KEY_TILE : task->last_key;
-    for (int64_t key = first; key < last; key += size_) {
-      const size_t block = static_cast<size_t>(task->table[key / size_]) * op_.cache.kv_heads + task->kv_head;
-      const uint8_t* at = base + block * head_bytes();
-      ask(&at, 1, head_bytes());
+  // The `count` blocks that are looked at after this tile: of this task, or the first ones of the next; where there are
+  // fewer the last of them again.
+  void find_after(int64_t first, int count, size_t halves, const uint8_t** keys, const uint8_t** values) const {
+    const bool is_same = first < task_.last_key || !next_;
+    const AttentionTask& task = is_same ? task_ : *next_;
+    const int64_t block = (is_same ? first : task.first_key) / size_, last = (task.last_key - 1) / size_;
+    for (int b = 0; b < count; ++b) {
+      const size_t place = place_of(task, block + b < last ? block + b : last);
+      keys[b] = block_at(place);
+      values[b] = block_at(halves + place);
     }
   }
 
-  void score(const uint8_t* const* blocks, int num_blocks) {
+  // `next`: blocks to ask for.
+  void score(int row, int rows, const uint8_t* const* blocks, int num_blocks, const uint8_t* const* next) {
+    const Value* queries = queries_ + static_cast<size_t>(row) * width_;
     if (size_ < LANES) {
       for (int b = 0; b < num_blocks; ++b)
-        score_block_plainly<D>(queries_, rows_, width_, blocks[b], size_, scores_ + b * size_);
+        score_block_plainly<D>(queries, rows, width_, blocks[b], size_, scores_ + b * size_);
       return;
     }
-    const uint8_t* vectors[KEY_TILE / LANES];
+    const uint8_t *vectors[KEY_TILE / LANES], *after[KEY_TILE / LANES];
     int count = 0;
     for (int b = 0; b < num_blocks; ++b)
-      for (int j = 0; j < size_; j += LANES) vectors[count++] = blocks[b] + static_cast<size_t>(j) * 4;
+      for (int j = 0; j < size_; j += LANES, ++count) {
+        vectors[count] = blocks[b] + static_cast<size_t>(j) * 4;
+        after[count] = next ? next[b] + static_cast<size_t>(j) * 4 / D::DEPTH * width_ : nullptr;
+      }
     const size_t step = static_cast<size_t>(size_) * 4;
     constexpr int NV = TILE_VECTORS;
     int v = 0;
-    for (; v + NV <= count; v += NV) score_rows<D, NV>(queries_, rows_, width_, vectors + v, step, scores_ + v * LANES);
-    for (; v < count; ++v) score_rows<D, 1>(queries_, rows_, width_, vectors + v, step, scores_ + v * LANES);
+    for (; v + NV <= count; v += NV)
+      score_rows<D, NV>(queries, rows, width_, vectors + v, next ? after + v : nullptr, step, scores_ + v * LANES);
+    for (; v < count; ++v)
+      score_rows<D, 1>(queries, rows, width_, vectors + v, next ? after + v : nullptr, step, scores_ + v * LANES);
   }
 
   // Scores become weights: the softmax so far.
   template <bool scaled>
-  void weigh(int r, int64_t first, int num_keys, const float* key_scales, const float* value_scales) {
-    float* s = scores_ + static_cast<size_t>(r) * KEY_TILE;
+  void weigh(int r, float* s, int64_t first, int num_keys, const float* key_scales, const float* value_scales) {
     Value* p = weights_ + static_cast<size_t>(r) * KEY_TILE;
     const int64_t position = task_.start + r / groups_;
     const int64_t after = position + 1 - first;  // keys of this tile that are not behind the token
     const int64_t before = op_.window ? position + 1 - op_.window - first : 0;
     const int last = after < num_keys ? static_cast<int>(after < 0 ? 0 : after) : num_keys;
-    const int padded = (num_keys + LANES - 1) / LANES * LANES;
+    const int padded = (num_keys + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
     const int begin = before <= 0 ? 0 : before < padded ? static_cast<int>(before) : padded;
     if (scaled)
       for (int c = 0; c < padded; c += LANES) store(s + c, load(s + c) * load(key_scales + c));
@@ -270,10 +296,14 @@ class QueryTile {
     const float old = highest_[r], new_top = highest(most) * by, top = new_top > old ? new_top : old;
     vf sums = {};
     const float base = top == NOTHING ? 0.0f : top;
-    for (int c = 0; c < padded; c += LANES) {
-      const vf e = exponential(load(s + c) * by - base);
-      D::put_all(p + c, scaled ? (e == 0.0f ? vf{} : e * load(value_scales + c)) : e);  // where nobody looks is no scale
-      sums += e;
+    for (int c = 0; c < padded; c += 2 * LANES) {
+      vf a = D::weight(load(s + c), by, base), b = D::weight(load(s + c + LANES), by, base);
+      sums += a + b;
+      if (scaled) {  // where nobody looks is no scale
+        a = a == 0.0f ? vf{} : a * load(value_scales + c);
+        b = b == 0.0f ? vf{} : b * load(value_scales + c + LANES);
+      }
+      D::put_two(p + c, a, b);
     }
     if (num_keys < KEY_TILE && num_keys % 2) D::put(p + num_keys, 0.0f);
     const float fade = old == top ? 1.0f : old == NOTHING ? 0.0f : std::exp(old - top);
@@ -285,16 +315,21 @@ class QueryTile {
     }
   }
 
-  void use(const uint8_t* const* values, int num_keys) {
+  void use(int row, int rows, const uint8_t* const* values, int num_keys, const uint8_t* const* next) {
     constexpr int NV = TILE_VECTORS;
-    const int vectors = width_ / LANES;
-    const uint8_t* shifted[KEY_TILE / 8];
-    const int num_blocks = (num_keys + size_ - 1) / size_;
+    const int vectors = width_ / LANES, num_blocks = (num_keys + size_ - 1) / size_;
+    const Value* p = weights_ + static_cast<size_t>(row) * KEY_TILE;
+    float* out = out_ + static_cast<size_t>(row) * width_;
+    const uint8_t *shifted[KEY_TILE / 8], *after[KEY_TILE / 8];
     for (int v = 0; v < vectors;) {
       const bool wide = v + NV <= vectors;
-      for (int b = 0; b < num_blocks; ++b) shifted[b] = values[b] + static_cast<size_t>(v) * VECTOR;
-      if (wide) value_rows<D, NV>(weights_, rows_, shifted, num_keys, size_, width_, out_ + v * LANES);
-      else value_rows<D, 1>(weights_, rows_, shifted, num_keys, size_, width_, out_ + v * LANES);
+      for (int b = 0; b < num_blocks; ++b) {
+        shifted[b] = values[b] + static_cast<size_t>(v) * VECTOR;
+        after[b] = next ? next[b] + static_cast<size_t>(v) * VECTOR : nullptr;
+      }
+      const uint8_t* const* then = next ? after : nullptr;
+      if (wide) value_rows<D, NV>(p, rows, shifted, then, num_keys, size_, width_, out + v * LANES);
+      else value_rows<D, 1>(p, rows, shifted, then, num_keys, size_, width_, out + v * LANES);
       v += wide ? NV : 1;
     }
   }

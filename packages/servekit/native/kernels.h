@@ -64,8 +64,8 @@ struct Kernels {
   void (*combine)(const Attention& op, const float* partials, int splits, int64_t token, int kv_head);
   // The first of the highest numbers where that is more than `above`, or a NaN; else false, and nothing is written.
   bool (*argmax)(const float* x, int64_t cols, float above, int64_t* id, float* highest);
-  void (*pack_i8)(const float* row, int k, int column, uint8_t* panel, float* scale);
-  void (*pack_i4)(const float* row, int k, int column, uint8_t* panel);
+  void (*pack_i8)(const float* row, int k, uint8_t* words, float* scale);
+  void (*pack_i4)(const float* row, int k, uint8_t* words);
   double (*peak)(int format, int rounds, float* out);  // operations done; `out` [16]
 };
 

@@ -13,6 +13,7 @@ using servekit::Slice;
 constexpr int VECTORS = PANEL / LANES;  // of a panel
 constexpr size_t ROW = PANEL * 4;       // bytes of a panel's step: 1 float, 2 bf16 or 4 bytes a column
 constexpr int LINE = 64;                // bytes
+constexpr size_t SOON = 4096;           // bytes ahead that a tile asks for of what it reads itself
 constexpr size_t FAR = 384 << 10;       // bytes of a pass: what is asked for that early would push out what is in use
 #if defined(__AVX512F__)
 constexpr int MOST_ROWS = 12, MOST_SUMS = 24;  // of a tile
@@ -47,11 +48,23 @@ struct Ahead {
   }
 };
 
-template <class D, int MR, int NV>
+// The same where one tile alone reads whole panels, which follow one another: what it reads itself soon, from step `turn`
+// on in the next one. No cache needs to keep that.
+struct Soon {
+  const uint8_t* at;
+  size_t turn;
+  const uint8_t* next;
+  void ask(size_t step) const {
+    const uint8_t* from = step < turn ? at + step * ROW : next + (step - turn) * ROW;
+    for (size_t i = 0; i < ROW; i += LINE) __builtin_prefetch(from + i, 0, 0);
+  }
+};
+
+template <class D, int MR, int NV, class Ask>
 inline void sum_tile(const typename D::Value* x, size_t stride, const uint8_t* w, size_t row, int steps,
-                     vf (&sums)[MR][NV], const Ahead* ahead = nullptr) {
+                     vf (&sums)[MR][NV], const Ask& ahead) {
   for (int s = 0; s < steps; ++s, w += row, x += D::DEPTH) {
-    if (ahead) ahead->ask(static_cast<size_t>(s));
+    ahead.ask(static_cast<size_t>(s));
     typename D::Weights weights[NV];
     for (int v = 0; v < NV; ++v) weights[v] = D::load(w + v * VECTOR);
     for (int r = 0; r < MR; ++r)
@@ -60,17 +73,17 @@ inline void sum_tile(const typename D::Value* x, size_t stride, const uint8_t* w
 }
 
 // `at` is the first of the tile's columns, `out` where its sums go: [MR][PANEL].
-template <class D, int MR, int NV>
-void float_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first, float* out, Ahead ahead) {
+template <class D, int MR, int NV, class Ask>
+void float_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first, float* out, Ask ahead) {
   const auto* values = static_cast<const typename D::Value*>(x.data) + static_cast<size_t>(first) * x.stride;
   vf sums[MR][NV] = {};
-  sum_tile<D, MR, NV>(values, x.stride, at, ROW, w.k / D::DEPTH, sums, &ahead);
+  sum_tile<D, MR, NV>(values, x.stride, at, ROW, w.k / D::DEPTH, sums, ahead);
   for (int r = 0; r < MR; ++r)
     for (int u = 0; u < NV; ++u) store(out + r * PANEL + u * LANES, sums[r][u]);
 }
 
-template <int MR, int NV>
-void i8_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first, float* out, Ahead ahead) {
+template <int MR, int NV, class Ask>
+void i8_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first, float* out, Ask ahead) {
   const int groups = x.stride / x.group, used = w.k / x.group, quads = x.group / 4;
   const int8_t* values = static_cast<const int8_t*>(x.data) + static_cast<size_t>(first) * x.stride;
   const float* scales = x.scales + static_cast<size_t>(first) * groups;
@@ -98,8 +111,8 @@ void i8_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first,
 }
 
 // A group of 32 is 4 rows of bytes, each of two quads of 4-bit weights, and a row of its scales and lowest values.
-template <int MR, int NV>
-void i4_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first, float* out, Ahead ahead) {
+template <int MR, int NV, class Ask>
+void i4_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first, float* out, Ask ahead) {
   const int groups = x.stride / I4_GROUP, used = w.k / I4_GROUP;
   const int8_t* values = static_cast<const int8_t*>(x.data) + static_cast<size_t>(first) * x.stride;
   const float* scales = x.scales + static_cast<size_t>(first) * groups;
@@ -134,52 +147,61 @@ void i4_tile(const sk_matrix& w, const uint8_t* at, const sk_rows& x, int first,
     for (int u = 0; u < NV; ++u) store(out + r * PANEL + u * LANES, sums[r][u]);
 }
 
-using Tile = void (*)(const sk_matrix&, const uint8_t*, const sk_rows&, int, float*, Ahead);
+template <class Ask>
+using Tile = void (*)(const sk_matrix&, const uint8_t*, const sk_rows&, int, float*, Ask);
 
-template <int MR, int NV>
-Tile tile_of(int format) {
+template <class Ask, int MR, int NV>
+Tile<Ask> tile_of(int format) {
   if constexpr (MR * NV > MOST_SUMS) return nullptr;
   else switch (format) {
-    case SK_F32: return float_tile<F32, MR, NV>;
-    case SK_BF16: return float_tile<BF16, MR, NV>;
-    case SK_I8: return i8_tile<MR, NV>;
-    default: return i4_tile<MR, NV>;
+    case SK_F32: return float_tile<F32, MR, NV, Ask>;
+    case SK_BF16: return float_tile<BF16, MR, NV, Ask>;
+    case SK_I8: return i8_tile<MR, NV, Ask>;
+    default: return i4_tile<MR, NV, Ask>;
   }
 }
 
-template <int NV>
-Tile tile_of(int rows, int format) {
+template <class Ask, int NV>
+Tile<Ask> tile_of(int rows, int format) {
   switch (rows) {
-    case 1: return tile_of<1, NV>(format);
-    case 2: return tile_of<2, NV>(format);
-    case 3: return tile_of<3, NV>(format);
-    case 4: return tile_of<4, NV>(format);
+    case 1: return tile_of<Ask, 1, NV>(format);
+    case 2: return tile_of<Ask, 2, NV>(format);
+    case 3: return tile_of<Ask, 3, NV>(format);
+    case 4: return tile_of<Ask, 4, NV>(format);
 #if defined(__AVX2__)
-    case 5: return tile_of<5, NV>(format);
-    case 6: return tile_of<6, NV>(format);
+    case 5: return tile_of<Ask, 5, NV>(format);
+    case 6: return tile_of<Ask, 6, NV>(format);
 #endif
 #if defined(__AVX512F__)
-    case 7: return tile_of<7, NV>(format);
-    case 8: return tile_of<8, NV>(format);
-    case 9: return tile_of<9, NV>(format);
-    case 10: return tile_of<10, NV>(format);
-    case 11: return tile_of<11, NV>(format);
-    case 12: return tile_of<12, NV>(format);
+    case 7: return tile_of<Ask, 7, NV>(format);
+    case 8: return tile_of<Ask, 8, NV>(format);
+    case 9: return tile_of<Ask, 9, NV>(format);
+    case 10: return tile_of<Ask, 10, NV>(format);
+    case 11: return tile_of<Ask, 11, NV>(format);
+    case 12: return tile_of<Ask, 12, NV>(format);
 #endif
     default: return nullptr;
   }
 }
 
-Tile tile_of(int rows, int vectors, int format) {
+Tile<Ahead> tile_of(int rows, int vectors, int format) {
   switch (vectors) {
-    case 1: return tile_of<1>(rows, format);
-    case 2: return tile_of<2>(rows, format);
+    case 1: return tile_of<Ahead, 1>(rows, format);
+    case 2: return tile_of<Ahead, 2>(rows, format);
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    case 8: return tile_of<8>(rows, format);
+    case 8: return tile_of<Ahead, 8>(rows, format);
 #endif
-    default: return tile_of<4>(rows, format);
+    default: return tile_of<Ahead, 4>(rows, format);
   }
 }
+
+// Of all columns of a panel at once; null where no tile is as wide.
+Tile<Soon> whole_tile_of(int rows, int format) {
+  if constexpr (VECTORS <= MOST_SUMS) return tile_of<Soon, VECTORS>(rows, format);
+  else return nullptr;
+}
+
+int most_rows_of(int format) { return format == SK_I8 || format == SK_I4 ? BYTE_ROWS : MOST_ROWS; }
 
 int vectors_of(int rows, int format) {
   return format == SK_I4 ? i4_vectors(rows) : format == SK_I8 ? i8_vectors(rows) : float_vectors(rows);
@@ -230,14 +252,28 @@ const uint8_t* row_of(const sk_rows& x, int row) {
   return static_cast<const uint8_t*>(x.data) + static_cast<size_t>(row) * x.stride * item;
 }
 
+// Where all rows fit in one tile of whole panels: weights are read once, in their order.
+bool linear_at_once(const sk_matrix& w, const sk_rows& x, Slice slice, int first, int last, float* buffer,
+                    const uint8_t* next) {
+  const int rows = last - first;
+  if (rows > most_rows_of(w.format) || vectors_of(rows, w.format) != VECTORS || slice.columns != PANEL) return false;
+  const size_t bytes = panel_bytes(w), soon = bytes < SOON ? bytes : SOON;
+  const uint8_t* weights = weights_of(w, slice);
+  const Soon ahead = {weights + soon, (bytes - soon) / ROW, next ? next : weights};
+  whole_tile_of(rows, w.format)(w, weights, x, first, buffer, ahead);
+  return true;
+}
+
 void linear(const sk_matrix& w, const sk_rows& x, Slice slice, int first, int last, int epilogue, const sk_rows& out,
             const uint8_t* next) {
   alignas(64) float buffer[CHUNK_ROWS * PANEL];
+  if (linear_at_once(w, x, slice, first, last, buffer, next))
+    return finish(w, slice, buffer, last - first, first, epilogue, out);
   const uint8_t* weights = weights_of(w, slice);
   const int slice_vectors = slice.columns / LANES;
   for (int row = first; row < last;) {
     const int left = last - row, rows = left < CHUNK_ROWS ? left : CHUNK_ROWS;
-    const int limit = w.format == SK_I8 || w.format == SK_I4 ? BYTE_ROWS : MOST_ROWS;
+    const int limit = most_rows_of(w.format);
     const int tiles = (rows + limit - 1) / limit, most = (rows + tiles - 1) / tiles;
     const int wide = vectors_of(most, w.format), vectors = wide < slice_vectors ? wide : slice_vectors;
     const int lines = vectors * VECTOR < LINE ? 1 : vectors * VECTOR / LINE;

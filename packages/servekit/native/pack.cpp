@@ -9,6 +9,9 @@
 
 namespace servekit {
 
+int32_t padded_k(int32_t format, int32_t k);
+int64_t panel_size(int32_t format, int32_t k);
+
 namespace {
 
 float from_bf16(uint16_t x) {
@@ -37,16 +40,56 @@ void read_row(const void* from, int32_t format, int32_t k, std::vector<float>& o
   for (int32_t i = 0; i < k; ++i) out[i] = from_bf16(numbers[i]);
 }
 
-void pack_bf16_pairs(const void* const* rows, int32_t k, int32_t padded, uint8_t* panel) {
-  auto* target = reinterpret_cast<uint32_t*>(panel);
-  for (int c = 0; c < PANEL; ++c) {
-    const auto* from = static_cast<const uint16_t*>(rows[c]);
-    for (int32_t i = 0; i < padded; i += 2) {
-      const uint32_t low = from ? from[i] : 0, high = from && i + 1 < k ? from[i + 1] : 0;
-      target[static_cast<size_t>(i / 2) * PANEL + c] = low | high << 16;
-    }
+constexpr int64_t WORD = 4, LINE_WORDS = 16;
+
+// The words of a panel's columns next to each other: word w of column c at (w * PANEL + c). A line of each column is
+// read at a time, so that what is written to stays in the nearest cache.
+void interleave(const uint8_t* const* columns, int64_t words, uint8_t* panel) {
+  for (int64_t first = 0; first < words; first += LINE_WORDS) {
+    const int64_t last = std::min(words, first + LINE_WORDS);
+    for (int c = 0; c < PANEL; ++c)
+      for (int64_t w = first; w < last; ++w) std::memcpy(panel + (w * PANEL + c) * WORD, columns[c] + w * WORD, WORD);
   }
 }
+
+// The rows of one panel in the format wanted, one after the other, before they are interleaved.
+class Panel {
+ public:
+  Panel(int32_t format, int32_t k)
+      : format_(format), k_(k), numbers_(padded_k(format, k)), size_(panel_size(format, k) / PANEL), bytes_(size_ * PANEL) {}
+
+  void pack(const void* const* rows, int32_t row_format, uint8_t* panel, float* scales) {
+    const uint8_t* columns[PANEL];
+    for (int c = 0; c < PANEL; ++c) {
+      uint8_t* mine = bytes_.data() + c * size_;
+      const bool is_as_it_stands = row_format == format_ && rows[c] && k_ * item() == size_;
+      columns[c] = is_as_it_stands ? static_cast<const uint8_t*>(rows[c]) : mine;
+      if (!is_as_it_stands) write(rows[c], row_format, mine, scales ? scales + c : nullptr);
+    }
+    interleave(columns, size_ / WORD, panel);
+  }
+
+ private:
+  int64_t item() const { return format_ == SK_F32 ? 4 : format_ == SK_BF16 ? 2 : 1; }
+
+  void write(const void* row, int32_t row_format, uint8_t* words, float* scale) {
+    const auto padded = static_cast<int32_t>(numbers_.size());
+    read_row(row, row_format, k_, numbers_);
+    if (format_ == SK_F32) std::memcpy(words, numbers_.data(), static_cast<size_t>(padded) * 4);
+    else if (format_ == SK_I8) kernels().pack_i8(numbers_.data(), padded, words, scale);
+    else if (format_ == SK_I4) kernels().pack_i4(numbers_.data(), padded, words);
+    else
+      for (int32_t i = 0; i < padded; ++i) {
+        const uint16_t number = to_bf16(numbers_[i]);
+        std::memcpy(words + 2 * i, &number, 2);
+      }
+  }
+
+  const int32_t format_, k_;
+  std::vector<float> numbers_;
+  const int64_t size_;  // bytes of a column
+  std::vector<uint8_t> bytes_;
+};
 
 }  // namespace
 
@@ -67,30 +110,13 @@ int64_t panel_size(int32_t format, int32_t k) {
 
 void pack(Pool& pool, int32_t format, int32_t n, int32_t k, const void* const* rows, int32_t row_format,
           uint8_t* target, float* scales) {
-  const int32_t padded = padded_k(format, k), panels = n / PANEL;
+  const int panels = n / PANEL;
   const int64_t size = panel_size(format, k);
   std::atomic<int> next{0};
   pool.run([&](int) {
-    std::vector<float> row(padded);
-    for (int p = next++; p < panels; p = next++) {
-      uint8_t* panel = target + p * size;
-      if (format == SK_BF16 && row_format == SK_BF16) {
-        pack_bf16_pairs(rows + p * PANEL, k, padded, panel);
-        continue;
-      }
-      for (int c = 0; c < PANEL; ++c) {
-        read_row(rows[p * PANEL + c], row_format, k, row);
-        if (format == SK_F32)
-          for (int32_t i = 0; i < padded; ++i) reinterpret_cast<float*>(panel)[static_cast<size_t>(i) * PANEL + c] = row[i];
-        else if (format == SK_BF16)
-          for (int32_t i = 0; i < padded; ++i)
-            reinterpret_cast<uint16_t*>(panel)[(static_cast<size_t>(i / 2) * PANEL + c) * 2 + i % 2] = to_bf16(row[i]);
-        else if (format == SK_I8)
-          kernels().pack_i8(row.data(), padded, c, panel, scales + p * PANEL + c);
-        else
-          kernels().pack_i4(row.data(), padded, c, panel);
-      }
-    }
+    Panel panel(format, k);
+    for (int p = next++; p < panels; p = next++)
+      panel.pack(rows + p * PANEL, row_format, target + p * size, scales ? scales + p * PANEL : nullptr);
   });
 }
 

@@ -74,16 +74,23 @@ struct alignas(64) Share {
 // An operation is cut into tasks. Each thread takes its own share of them one by one, then what others have left.
 struct Operation {
   virtual ~Operation() = default;
+  int rows(const Context& c) const { return of_picks ? c.step->num_picks : c.step->tokens; }
   virtual int tasks(const Context&) const = 0;
+  virtual int first_task(const Context& c, int thread) const {  // of a thread's share; of `threads`: behind the last
+    return static_cast<int>(static_cast<int64_t>(tasks(c)) * thread / static_cast<int64_t>(shares.size()));
+  }
   virtual void run(const Context&, int task, int thread, Scratch scratch) const = 0;
   virtual size_t scratch() const { return 0; }
-  virtual const uint8_t* first_weights(int /*thread*/) const { return nullptr; }  // that a thread will read
+  virtual const uint8_t* first_weights(const Context&, int /*thread*/) const { return nullptr; }  // that it will read
+  bool of_picks = false;  // its rows are the picked ones, not the step's tokens
+  const Operation* reader = nullptr;  // the next one that reads weights
   std::vector<Share> shares;
   std::atomic<int> done{0};
   int64_t nanoseconds = 0;
 };
 
 constexpr int PEAK_PARTS = 64;
+constexpr int FEW_TOKENS = 12;  // of a step that takes as long as reading the weights does
 constexpr int64_t READ_PART = 1 << 18;   // words
 constexpr int64_t SMALL_STEP = 1 << 19;  // multiplications, or numbers read: less is done before another thread wakes
 
@@ -93,9 +100,9 @@ int share(int64_t count, int part) { return static_cast<int>((count + part - 1) 
 template <int PART>
 struct RowOperation : Operation {
   virtual void row(const Context&, int token) const = 0;
-  int tasks(const Context& c) const final { return share(c.step->tokens, PART); }
+  int tasks(const Context& c) const final { return share(rows(c), PART); }
   void run(const Context& c, int task, int, Scratch) const final {
-    const int last = std::min(c.step->tokens, (task + 1) * PART);
+    const int last = std::min(rows(c), (task + 1) * PART);
     for (int token = task * PART; token < last; ++token) row(c, token);
   }
 };
@@ -137,6 +144,16 @@ struct Convert final : RowOperation<4> {
   }
 };
 
+// The rows that logits are wanted of, one after the other.
+struct Pick final : RowOperation<4> {
+  sk_rows x, out;
+  int32_t width;
+  void row(const Context& c, int index) const override {
+    const auto token = static_cast<size_t>(c.step->picks[index]);
+    kernels().convert(static_cast<const float*>(x.data) + token * x.stride, width, out, index);
+  }
+};
+
 struct Sum final : RowOperation<16> {
   sk_rows y, x;
   void row(const Context&, int token) const override {
@@ -147,49 +164,74 @@ struct Sum final : RowOperation<16> {
 };
 
 struct Linear final : Operation {
+  static constexpr int FEW_ROWS = 96, FEWEST_ROWS = 48, ROW_UNIT = 12;  // the last: rows of a tile
+  static constexpr int NEAR_BYTES = 512 << 10;                          // of rows, that stay in a core's cache
   sk_rows x, out;
   sk_matrix weight;
   int32_t epilogue, threads;
-  const Operation* following = nullptr;  // the next one that reads weights
   int panels() const { return weight.n / PANEL; }
-  // Panels are halved where threads would not end together; not those of gates, which stand in a half of their own.
-  int slices() const {
-    const bool uneven = panels() < 16 * threads && panels() % threads != 0;
-    return uneven && epilogue != SK_SWIGLU ? 2 * panels() : panels();
-  }
-  // Parts of the rows: few, so that a panel is read by few, but enough tasks for threads to end together.
-  int parts(int tokens) const { return tokens <= 96 ? 1 : std::max(1, std::min(tokens / 48, share(24 * threads, panels()))); }
-  int tasks(const Context& c) const override { return slices() * parts(c.step->tokens); }
+  // Each thread's columns, those of one thread after those of another: whole panels, but a half of one where threads
+  // would not end together otherwise. Gates stand in a half of their own: their panels are not halved.
+  std::vector<Slice> slices;
+  std::vector<int> firsts;  // of each thread's slices
 
-  Slice slice(int index) const {
-    const int columns = PANEL * panels() / slices(), first = index * columns;
-    return {first / PANEL, first % PANEL, columns};
+  void cut() {
+    const bool uneven = panels() < 16 * threads && panels() % threads != 0 && epilogue != SK_SWIGLU;
+    const int part = uneven ? PANEL / 2 : PANEL, parts = weight.n / part;
+    for (int t = 0; t < threads; ++t) {
+      firsts.push_back(static_cast<int>(slices.size()));
+      const int last = parts * (t + 1) / threads * part;
+      for (int column = parts * t / threads * part, columns; column < last; column += columns) {
+        columns = std::min(PANEL - column % PANEL, last - column);
+        slices.push_back({column / PANEL, column % PANEL, columns});
+      }
+    }
+    firsts.push_back(static_cast<int>(slices.size()));
+  }
+  // Many rows are cut into parts that stay in the cache of a core, as many for each thread: a thread goes over all
+  // panels with one part, then with the next. Few rows are not: each thread reads panels of its own.
+  int parts(int count) const {
+    const int most = count / FEWEST_ROWS / threads * threads;
+    if (count <= FEW_ROWS || most == 0) return 1;
+    const int64_t bytes = static_cast<int64_t>(x.stride) * (x.format == SK_F32 ? 4 : x.format == SK_BF16 ? 2 : 1);
+    const int64_t wanted = share(count * bytes, NEAR_BYTES);
+    return static_cast<int>(std::min<int64_t>(most, share(wanted, threads) * threads));
+  }
+
+  int tasks(const Context& c) const override { return static_cast<int>(slices.size()) * parts(rows(c)); }
+  int first_task(const Context& c, int thread) const override {
+    const int count = parts(rows(c));
+    return count == 1 ? firsts[thread] : count / threads * thread * static_cast<int>(slices.size());
   }
 
   const uint8_t* weights(int index) const {
-    const Slice at = slice(index);
+    const Slice at = slices[index];
     return static_cast<const uint8_t*>(weight.data) + at.panel * panel_size(weight.format, weight.k) + at.first * 4;
   }
 
-  const uint8_t* first_weights(int thread) const override {
-    return weights(static_cast<int>(static_cast<int64_t>(slices()) * thread / threads));
+  const uint8_t* first_weights(const Context& c, int thread) const override {
+    if (rows(c) == 0) return nullptr;
+    if (parts(rows(c)) > 1) return weights(0);
+    return firsts[thread] < firsts[thread + 1] ? weights(firsts[thread]) : nullptr;
   }
 
   void run(const Context& c, int task, int thread, Scratch) const override {
-    const int count = parts(c.step->tokens), index = task / count, part = task % count;
-    const int64_t tokens = c.step->tokens;
-    const int first = static_cast<int>(tokens * part / count), last = static_cast<int>(tokens * (part + 1) / count);
+    const int count = static_cast<int>(slices.size()), index = task % count, part = task / count;
+    const int tokens = rows(c), num_parts = parts(tokens);
+    const auto begin = [&](int p) {
+      return p == num_parts ? tokens : static_cast<int>(static_cast<int64_t>(tokens) * p / num_parts / ROW_UNIT * ROW_UNIT);
+    };
     const uint8_t* next = nullptr;
-    if (task + 1 < shares[thread].last) next = part + 1 < count ? nullptr : weights(index + 1);
-    else if (following) next = following->first_weights(thread);
-    kernels().linear(weight, x, slice(index), first, last, epilogue, out, next);
+    if (task + 1 < shares[thread].last) next = weights((task + 1) % count);
+    else if (reader) next = reader->first_weights(c, thread);
+    kernels().linear(weight, x, slices[index], begin(part), begin(part + 1), epilogue, out, next);
   }
 };
 
 // The highest logit of each row, of which nothing else is kept. A task is a part of the vocabulary: it makes logits for
 // some rows and columns at a time, and looks at them while they lie in the cache of its core.
 struct Highest final : Operation {
-  static constexpr int NEAR_ROWS = 64, NEAR_PANELS = 16, NEAR_COLUMNS = NEAR_PANELS * PANEL;
+  static constexpr int NEAR_ROWS = 64, NEAR_PANELS = 16;
   static constexpr int64_t NEAR_WEIGHTS = 1 << 18;  // bytes that stay in the cache for all rows
   sk_rows x;
   sk_matrix weight;
@@ -198,11 +240,18 @@ struct Highest final : Operation {
   mutable std::vector<float> highest;  // [parts][capacity]
   mutable std::vector<int64_t> ids;
 
-  int tasks(const Context&) const override { return parts; }
-  size_t scratch() const override { return sizeof(float) * NEAR_ROWS * NEAR_COLUMNS; }
+  int tasks(const Context& c) const override { return rows(c) ? parts : 0; }
+  size_t scratch() const override { return sizeof(float) * NEAR_ROWS * near_columns(); }
+  int near_columns() const { return near_panels * PANEL + 16; }  // a line more, so that rows share no places of a cache
+  const uint8_t* weights(int panel) const {
+    return static_cast<const uint8_t*>(weight.data) + panel * panel_size(weight.format, weight.k);
+  }
+  const uint8_t* first_weights(const Context& c, int thread) const override {
+    return rows(c) ? weights(weight.n / PANEL * first_task(c, thread) / parts) : nullptr;
+  }
 
   void run(const Context& c, int task, int, Scratch scratch) const override {
-    const int tokens = c.step->tokens, panels = weight.n / PANEL, last = panels * (task + 1) / parts;
+    const int tokens = rows(c), panels = weight.n / PANEL, last = panels * (task + 1) / parts;
     float* top = highest.data() + task * capacity;
     int64_t* id = ids.data() + task * capacity;
     std::fill_n(top, tokens, -INFINITY);
@@ -216,15 +265,15 @@ struct Highest final : Operation {
   void look(int panel, int last_panel, int row, int last_row, float* near, float* top, int64_t* id) const {
     const int64_t first = static_cast<int64_t>(panel) * PANEL, count = std::min<int64_t>(last_panel * PANEL, columns) - first;
     sk_rows out{};
-    out.format = SK_F32, out.cols = weight.n, out.stride = NEAR_COLUMNS;
-    out.data = near - (static_cast<int64_t>(row) * NEAR_COLUMNS + first);  // so that what is asked for begins at `near`
+    out.format = SK_F32, out.cols = weight.n, out.stride = near_columns();
+    out.data = near - (static_cast<int64_t>(row) * out.stride + first);  // so that what is asked for begins at `near`
     for (int p = panel; p < last_panel; ++p) {
-      const auto* weights = static_cast<const uint8_t*>(weight.data) + (p + 1) * panel_size(weight.format, weight.k);
-      kernels().linear(weight, x, {p, 0, PANEL}, row, last_row, SK_STORE, out, p + 1 < last_panel ? weights : nullptr);
+      const uint8_t* next = p + 1 < weight.n / PANEL ? weights(p + 1) : nullptr;
+      kernels().linear(weight, x, {p, 0, PANEL}, row, last_row, SK_STORE, out, next);
     }
     for (int r = row; r < last_row; ++r) {
       if (top[r] != top[r]) continue;
-      if (kernels().argmax(near + static_cast<int64_t>(r - row) * NEAR_COLUMNS, count, top[r], id + r, top + r)) id[r] += first;
+      if (kernels().argmax(near + static_cast<int64_t>(r - row) * out.stride, count, top[r], id + r, top + r)) id[r] += first;
     }
   }
 };
@@ -347,6 +396,34 @@ struct Combine final : Operation {
   }
 };
 
+// What a thread does while it waits for others in a step of few tokens: it asks for weights that it will read, of which
+// such a step takes as long as memory needs. So memory has work while a norm or a head is computed by one thread.
+class Idle {
+ public:
+  explicit Idle(bool is_wanted) : is_wanted_(is_wanted) {}
+
+  void begin(const Operation* reader, const Context& context, int thread) {
+    if (!is_wanted_ || reader == reader_) return;
+    reader_ = reader;
+    at_ = reader ? reader->first_weights(context, thread) : nullptr;
+    asked_ = 0;
+  }
+
+  bool ask() {  // always false: it is asked for while something else is not true
+    if (at_ && asked_ < MOST)
+      for (int i = 0; i < LINES; ++i, asked_ += LINE) __builtin_prefetch(at_ + asked_, 0, 2);
+    return false;
+  }
+
+ private:
+  static constexpr size_t MOST = 192 << 10, LINE = 64;  // bytes
+  static constexpr int LINES = 4;
+  const bool is_wanted_;
+  const Operation* reader_ = nullptr;
+  const uint8_t* at_ = nullptr;
+  size_t asked_ = 0;
+};
+
 }  // namespace
 }  // namespace servekit
 
@@ -362,15 +439,22 @@ struct sk_program {
   std::vector<std::unique_ptr<AttentionPlan>> plans;
   std::vector<std::vector<uint8_t>> scratch;  // one a thread
   Context context;
-  int64_t weights = 0;  // that a token is multiplied with
-  Linear* last_linear = nullptr;
+  int64_t weights = 0;    // that a token is multiplied with
+  bool of_picks = false;  // what is added works on the picked rows
+  size_t num_served = 0;  // operations that know their reader
 
   template <class Op>
   Op& add() {
     auto made = std::make_unique<Op>();
     Op& op = *made;
+    op.of_picks = of_picks;
     operations.push_back(std::move(made));
     return op;
+  }
+
+  void reads(const Operation& op, const sk_matrix& weight) {
+    for (; num_served + 1 < operations.size(); ++num_served) operations[num_served]->reader = &op;
+    weights += static_cast<int64_t>(weight.n) * weight.k;
   }
 
   const AttentionPlan* plan_of(const Attention& op) {
@@ -402,20 +486,21 @@ struct sk_program {
   }
 
   void share_out(Operation& op) const {
-    const int64_t count = op.tasks(context), threads = pool->pool.threads();
+    const int threads = pool->pool.threads();
     if (op.shares.empty()) op.shares.resize(static_cast<size_t>(threads));
-    for (int64_t t = 0; t < threads; ++t) {
-      op.shares[t].next.store(static_cast<int>(count * t / threads), std::memory_order_relaxed);
-      op.shares[t].last = static_cast<int>(count * (t + 1) / threads);
+    for (int t = 0; t < threads; ++t) {
+      op.shares[t].next.store(op.first_task(context, t), std::memory_order_relaxed);
+      op.shares[t].last = op.first_task(context, t + 1);
     }
   }
 
   void run(const sk_step* step) {
     ready(step);
-    const std::function<void(int)> part = [this](int thread) {
+    const std::function<void(int)> part = [this, step](int thread) {
       auto* aligned = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch[thread].data()) + 63) & ~uintptr_t{63});
       const Scratch mine{aligned, scratch[thread].size()};
       auto then = std::chrono::steady_clock::now();
+      Idle idle{step->tokens <= FEW_TOKENS};
       for (auto& op : operations) {
         const int count = op->tasks(context);
         if (count == 0) continue;
@@ -428,7 +513,8 @@ struct sk_program {
             op->run(context, task, thread, mine);
         }
         op->done.fetch_add(finished, std::memory_order_release);
-        wait_until([&] { return op->done.load(std::memory_order_acquire) == count; });
+        idle.begin(op->reader, context, thread);
+        wait_until([&] { return op->done.load(std::memory_order_acquire) == count || idle.ask(); });
         if (thread == 0) {
           const auto now = std::chrono::steady_clock::now();
           op->nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(now - then).count();
@@ -514,6 +600,12 @@ void sk_add_convert(sk_program* program, const sk_rows* x, int32_t width, const 
   op.x = x ? *x : sk_rows{}, op.width = width, op.out = *out;
 }
 
+void sk_add_pick(sk_program* program, const sk_rows* x, int32_t width, const sk_rows* out) {
+  program->of_picks = true;
+  auto& op = program->add<Pick>();
+  op.x = *x, op.width = width, op.out = *out;
+}
+
 void sk_add_sum(sk_program* program, const sk_rows* y, const sk_rows* x) {
   auto& op = program->add<Sum>();
   op.y = *y, op.x = *x;
@@ -523,9 +615,8 @@ void sk_add_linear(sk_program* program, const sk_rows* x, const sk_matrix* weigh
                    const sk_rows* out) {
   auto& op = program->add<Linear>();
   op.x = *x, op.weight = *weight, op.epilogue = epilogue, op.out = *out, op.threads = program->pool->pool.threads();
-  if (program->last_linear) program->last_linear->following = &op;
-  program->last_linear = &op;
-  program->weights += static_cast<int64_t>(weight->n) * weight->k;
+  op.cut();
+  program->reads(op, *weight);
 }
 
 void sk_add_highest(sk_program* program, const sk_rows* x, const sk_matrix* weight, int32_t columns, int32_t capacity,
@@ -537,7 +628,7 @@ void sk_add_highest(sk_program* program, const sk_rows* x, const sk_matrix* weig
   op.near_panels = static_cast<int>(std::clamp<int64_t>(fit, 1, Highest::NEAR_PANELS));
   op.highest.resize(static_cast<size_t>(op.parts) * capacity);
   op.ids.resize(static_cast<size_t>(op.parts) * capacity);
-  program->weights += static_cast<int64_t>(weight->n) * weight->k;
+  program->reads(op, *weight);
   auto& first = program->add<First>();
   first.of = &op, first.ids = ids, first.highest = highest;
 }

@@ -30,14 +30,13 @@ void quantize(const Numbers& numbers, int width, const sk_rows& out, int row) {
   };
   size_t place = static_cast<size_t>(row) * (out.stride / out.group);
   for (int first = 0; first < width; first += out.group, ++place) {
-    vf mosts = {}, broken = {};
-    for (int c = first; c < first + out.group; c += LANES) {
-      const vf v = at(c);
-      mosts = larger(mosts, larger(v, -v));
-      broken += v - v;  // NaN once there is a NaN or an infinity
-    }
-    const float most = highest(mosts), inverse = most > 0 ? 127.0f / most : 0.0f;
-    const float scale = sum(broken) != 0.0f ? NAN : most / 127.0f;
+    vi mosts = {};  // as bits, without signs: what is no finite number is above all others
+    for (int c = first; c < first + out.group; c += LANES) mosts = larger(mosts, reinterpret_cast<vi>(at(c)) & 0x7fffffff);
+    const int32_t bits = highest(mosts);
+    float most;
+    std::memcpy(&most, &bits, 4);
+    const float inverse = most > 0 ? 127.0f / most : 0.0f;
+    const float scale = bits >= 0x7f800000 ? NAN : most / 127.0f;
     vi totals = {};
     for (int c = first; c < first + out.group; c += LANES)
       store_bytes(target + c, scale == scale ? at(c) * inverse : vf{}, &totals);
@@ -59,10 +58,13 @@ void convert(const float* x, int width, const sk_rows& out, int row) {
 }
 
 inline float mean_square(const float* x, int width) {
-  vf sums = {};
+  constexpr int SUMS = 4;  // so that one need not wait for the other
+  vf sums[SUMS] = {};
   int c = 0;
-  for (; c + LANES <= width; c += LANES) sums += load(x + c) * load(x + c);
-  float total = sum(sums);
+  for (; c + SUMS * LANES <= width; c += SUMS * LANES)
+    for (int i = 0; i < SUMS; ++i) sums[i] += load(x + c + i * LANES) * load(x + c + i * LANES);
+  for (; c + LANES <= width; c += LANES) sums[0] += load(x + c) * load(x + c);
+  float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; c < width; ++c) total += x[c] * x[c];
   return total / static_cast<float>(width);
 }

@@ -16,7 +16,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define SK_API_VERSION 4
+#define SK_API_VERSION 5
 #define SK_MAX_GROUPS 8
 
 typedef enum { SK_F32 = 0, SK_BF16 = 1, SK_I8 = 2, SK_I4 = 3 } sk_format;
@@ -73,6 +73,8 @@ typedef struct {
   int64_t table_strides[SK_MAX_GROUPS];
   const float* input; /* [tokens][input_stride], of programs that begin with sk_add_convert */
   int64_t input_stride;
+  const int64_t* picks; /* [num_picks] tokens, for what comes after sk_add_pick */
+  int32_t num_picks;
 } sk_step;
 
 int32_t sk_api_version(void);
@@ -105,6 +107,8 @@ void sk_profile(sk_program* program, int64_t* out);
 void sk_add_embed(sk_program* program, const void* table, int32_t format, int32_t width, const sk_rows* out);
 void sk_add_norm(sk_program* program, const sk_rows* x, const float* weight, float eps, const sk_rows* out);
 void sk_add_convert(sk_program* program, const sk_rows* x_or_null, int32_t width, const sk_rows* out);
+/* The rows of sk_step.picks one after the other, in the format of `out`; what is added after it works on these. */
+void sk_add_pick(sk_program* program, const sk_rows* x, int32_t width, const sk_rows* out);
 /* x += y; both SK_F32. */
 void sk_add_sum(sk_program* program, const sk_rows* y, const sk_rows* x);
 void sk_add_linear(sk_program* program, const sk_rows* x, const sk_matrix* weight, int32_t epilogue,

@@ -34,6 +34,7 @@ inline void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
 inline vf all(float x) { return x - vf{}; }
 inline vi all_int(int32_t x) { return x - vi{}; }
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
+inline vi larger(vi a, vi b) { return a > b ? a : b; }
 inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 inline vf low_halves(vu x) { return reinterpret_cast<vf>(x << 16); }
 inline vf high_halves(vu x) { return reinterpret_cast<vf>(x & 0xffff0000u); }
@@ -42,7 +43,13 @@ inline vf high_halves(vu x) { return reinterpret_cast<vf>(x & 0xffff0000u); }
 inline float sum(vf x) { return _mm512_reduce_add_ps((__m512)x); }
 inline float highest(vf x) { return _mm512_reduce_max_ps((__m512)x); }
 inline int32_t sum(vi x) { return _mm512_reduce_add_epi32((__m512i)x); }
+inline int32_t highest(vi x) { return _mm512_reduce_max_epi32((__m512i)x); }
 #else
+inline int32_t highest(vi x) {
+  int32_t best = x[0];
+  for (int i = 1; i < LANES; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
 inline float sum(vf x) {
   float total = 0;
   for (int i = 0; i < LANES; ++i) total += x[i];
@@ -159,7 +166,12 @@ struct F32 {
   static Weights load(const uint8_t* p) { return ::load(reinterpret_cast<const float*>(p)); }
   static vf add(vf sum, const Weights& w, const Value* x) { return w * *x + sum; }
   static void put(Value* p, float x) { *p = x; }
-  static void put_all(Value* p, vf x) { store(p, x); }
+  static void put_two(Value* p, vf a, vf b) {
+    store(p, a);
+    store(p + LANES, b);
+  }
+  // e ** (x * by - base): of a softmax, before it is put down.
+  static vf weight(vf x, float by, float base) { return exponential(x * by - base); }
 };
 
 struct EmulatedBF16 {
@@ -174,7 +186,12 @@ struct EmulatedBF16 {
   }
   static vf add(vf sum, const Weights& w, const Value* x) { return w.odd * x[1] + (w.even * x[0] + sum); }
   static void put(Value* p, float x) { *p = x; }
-  static void put_all(Value* p, vf x) { store(p, x); }
+  static void put_two(Value* p, vf a, vf b) {
+    store(p, a);
+    store(p + LANES, b);
+  }
+  // e ** (x * by - base): of a softmax, before it is put down.
+  static vf weight(vf x, float by, float base) { return exponential(x * by - base); }
 };
 
 #if defined(__AVX512BF16__)
@@ -189,7 +206,21 @@ struct BF16 {
     return (vf)_mm512_dpbf16_ps((__m512)sum, w, (__m512bh)_mm512_set1_epi32(pair));
   }
   static void put(Value* p, float x) { *p = to_bf16(x); }
-  static void put_all(Value* p, vf x) { store_bf16(p, x); }
+  static void put_two(Value* p, vf a, vf b) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a)); }
+  // To 4e-6 of itself: what is put down has 8 bits.
+  static vf weight(vf x, float by, float base) {
+    constexpr float per_doubling = 1.44269504f;
+    const vf power = x * (by * per_doubling) - base * per_doubling;
+    const __m512 inside = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)power);  // a NaN stays
+    const __m512 n = _mm512_roundscale_ps(inside, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const vf rest = (vf)inside - (vf)n;
+    vf series = all(9.60039552e-3f);
+    series = series * rest + 5.59168938e-2f;
+    series = series * rest + 2.40237185e-1f;
+    series = series * rest + 6.93121995e-1f;
+    series = series * rest + 1.0f;
+    return (vf)_mm512_scalef_ps((__m512)series, n);
+  }
 };
 #else
 using BF16 = EmulatedBF16;

@@ -1,16 +1,14 @@
-// Weights of 8 and 4 bits, one packed column at a time; see linear.inc.h for where a column's numbers lie.
+// Weights of 8 and 4 bits: one row of a matrix as the words that its packed column is made of, one after the other.
 
 namespace {
 
 // Symmetric, one scale a column; 128 is added.
-void pack_i8(const float* row, int k, int column, uint8_t* panel, float* scale) {
+void pack_i8(const float* row, int k, uint8_t* words, float* scale) {
   float most = 0;
   for (int i = 0; i < k; ++i) most = std::fabs(row[i]) > most ? std::fabs(row[i]) : most;
   *scale = most / 127.0f;
   const float inverse = most > 0 ? 127.0f / most : 0.0f;
-  for (int i = 0; i < k; ++i)
-    panel[(static_cast<size_t>(i / 4) * PANEL + column) * 4 + i % 4] =
-        static_cast<uint8_t>(std::nearbyint(row[i] * inverse) + 128.0f);
+  for (int i = 0; i < k; ++i) words[i] = static_cast<uint8_t>(std::nearbyint(row[i] * inverse) + 128.0f);
 }
 
 struct Levels {
@@ -33,7 +31,7 @@ inline float nearest(const float* x, Levels levels, float* out) {
 }
 
 // A scale and a lowest value for each group: of its whole range, or of a little less where more is nearer then.
-void pack_i4(const float* row, int k, int column, uint8_t* panel) {
+void pack_i4(const float* row, int k, uint8_t* words) {
   for (int g = 0; g < k / I4_GROUP; ++g) {
     const float* x = row + g * I4_GROUP;
     vf least = load(x), most = least;
@@ -55,13 +53,11 @@ void pack_i4(const float* row, int k, int column, uint8_t* panel) {
       }
     }
     nearest(x, best, levels);
-    uint8_t* group = panel + static_cast<size_t>(g) * 5 * ROW;
-    for (int quad = 0; quad < 4; ++quad)
-      for (int i = 0; i < 4; ++i)
-        group[quad * ROW + static_cast<size_t>(column) * 4 + i] =
-            static_cast<uint8_t>(static_cast<int>(levels[4 * quad + i]) | static_cast<int>(levels[16 + 4 * quad + i]) << 4);
+    for (int i = 0; i < I4_GROUP / 2; ++i)
+      *words++ = static_cast<uint8_t>(static_cast<int>(levels[i]) | static_cast<int>(levels[I4_GROUP / 2 + i]) << 4);
     const uint32_t both = to_bf16(best.scale) | static_cast<uint32_t>(to_bf16(best.lowest)) << 16;
-    std::memcpy(group + 4 * ROW + static_cast<size_t>(column) * 4, &both, 4);
+    std::memcpy(words, &both, 4);
+    words += 4;
   }
 }
 

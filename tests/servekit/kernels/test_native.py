@@ -86,6 +86,16 @@ def test_products_agree_with_float64(isa, pool, size, format, stored):
     check_close(found, x.double() @ exact_weight.T + torch.cat(bias).double(), x, exact_weight, format)
 
 
+@settings(max_examples=4, deadline=None)
+@given(rows=st.integers(97, 700), width=st.sampled_from([64, 200, 900]), format=st.sampled_from(FORMATS))
+def test_many_rows_which_are_cut_into_parts_are_each_what_they_are_alone(isa, pool, rows, width, format):
+    torch.manual_seed(rows)
+    weight, x = pack(library, pool, format, [torch.randn(100, width)]), torch.randn(rows, width)
+    together = product(pool, weight, x)
+    for row in {0, rows // 3, rows // 2 - 1, rows // 2, rows - 1}:
+        torch.testing.assert_close(together[row], product(pool, weight, x[row : row + 1])[0], rtol=1e-5, atol=1e-4)
+
+
 @settings(max_examples=8, deadline=None)
 @given(size=sizes, format=st.sampled_from(FORMATS))
 def test_epilogues_add_and_gate(isa, pool, size, format):
@@ -308,7 +318,7 @@ def test_the_highest_of_a_product_is_that_of_the_logits_and_the_first(
         x[rows // 2, 3] = math.nan
     weight = pack(library, pool, format, [weights])
     inputs = Rows.input_of(weight, library, rows)
-    ids, highest = torch.full((rows,), -1), torch.empty(rows)
+    ids, highest = np.full(rows, -1), np.empty(rows, np.float32)
     program = Program(library, pool)
     program.convert(None, width, inputs)
     program.highest(inputs, weight, cols, ids, highest)
@@ -316,6 +326,28 @@ def test_the_highest_of_a_product_is_that_of_the_logits_and_the_first(
         program.run_rows(x[:count])
         logits = x[:count].double() @ weights.double().T
         best, where = logits.max(dim=-1)
-        torch.testing.assert_close(highest[:count].double(), best, rtol=0, atol=0, equal_nan=True)
-        sound = best.isfinite()
-        assert ids[:count][sound].tolist() == where[sound].tolist()
+        np.testing.assert_array_equal(highest[:count], best.numpy())
+        sound = best.isfinite().numpy()
+        assert ids[:count][sound].tolist() == where.numpy()[sound].tolist()
+
+
+@settings(max_examples=10, deadline=None)
+@given(tokens=st.integers(1, 120), seed=st.integers(0, 1 << 30), data=st.data())
+def test_what_is_picked_is_all_that_comes_after(isa, pool, tokens, seed, data):
+    picks = np.array(data.draw(st.lists(st.integers(0, tokens - 1), max_size=70)), np.int64)
+    torch.manual_seed(seed)
+    table, weights = torch.randint(-2, 3, (50, 40)).float(), torch.randint(-2, 3, (300, 40)).float()
+    weight, token_ids = pack(library, pool, Format.F32, [weights]), torch.randint(50, (tokens,))
+    x, picked = Rows(tokens, 40), Rows.input_of(weight, library, 70)
+    ids, highest = np.full(70, -1), np.full(70, np.nan, np.float32)
+    program = Program(library, pool)
+    program.embed(table, x)
+    program.pick(x, 40, picked)
+    program.highest(picked, weight, 300, ids, highest)
+    empty = np.zeros((1, 1), np.int32)
+    rows = [StepRows(empty, np.zeros(1, np.int64), np.array([tokens]), 0)]
+    program.run(token_ids, torch.arange(tokens), rows, picks)
+    best, where = (table[token_ids[picks]] @ weights.T).max(dim=-1)
+    np.testing.assert_array_equal(highest[: len(picks)], best.numpy())
+    np.testing.assert_array_equal(ids[: len(picks)], where.numpy())
+    assert (ids[len(picks) :] == -1).all()

@@ -10,8 +10,6 @@ from typing import Any, TypeVar
 
 import click
 
-from servekit.bench.figures import parsed_metrics, parsed_percentiles
-from servekit.bench.load import Pace
 from servekit.bench.workload import DATASETS, Workload
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -181,6 +179,8 @@ def _serve(
     **settings: Any,
 ) -> int:
     """Latencies and throughput of a running server; 1 where a request failed."""
+    from servekit.bench.figures import parsed_metrics, parsed_percentiles
+    from servekit.bench.load import Pace
     from servekit.bench.serving import ServeBench, run, save, show
     from servekit.engine.tokenizer import Tokenizer
     from servekit.server.keys import read_keys

@@ -7,10 +7,12 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common_platform.errors import ConfigError
-from servekit.engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # every command of servekit reads this file, to know its flags
+    from servekit.engine.tokenizer import Tokenizer
 
 DATASETS = ("random", "sharegpt", "custom")
 WORDS = (

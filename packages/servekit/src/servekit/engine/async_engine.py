@@ -163,6 +163,8 @@ class AsyncEngine:
     """
 
     facts: ModelFacts
+    tokenizer: Tokenizer
+    _outputs: OutputProcessor
 
     def __init__(self, config: EngineConfig, restart: RestartPolicy | None = None) -> None:
         self.config = config
@@ -170,10 +172,8 @@ class AsyncEngine:
         self.given_up = asyncio.Event()
         self._restarts = Restarts(restart or RestartPolicy(0))
         self._can_restart = restart is not None and restart.max_restarts > 0
-        self.tokenizer = Tokenizer.from_folder(config.model)
         self.dead: EngineDead | None = None
         self._tracer = RequestTracer.of(config)
-        self._outputs = OutputProcessor(self.tokenizer, self._tracer)
         self._streams: dict[str, RequestStream] = {}
         self._answers: dict[int, asyncio.Future[m.Answer]] = {}
         self._numbers = itertools.count()
@@ -210,7 +210,14 @@ class AsyncEngine:
         return engine
 
     async def _start(self) -> None:
-        self.facts = (await self._launch(self.config)).facts
+        process = await self._spawn()
+        try:  # while the process imports what it needs
+            self.tokenizer = Tokenizer.from_folder(self.config.model)
+        except BaseException:
+            await self._kill()
+            raise
+        self._outputs = OutputProcessor(self.tokenizer, self._tracer)
+        self.facts = (await self._loaded(process, self.config)).facts
         self.tokenizer.check_fits(self.facts.vocab_size)
         self._grammars = GrammarDoor(self.config.model, self.facts, self.config.grammar_limits)
         self._listening = asyncio.create_task(self._listen())
@@ -218,12 +225,18 @@ class AsyncEngine:
 
     async def _launch(self, config: EngineConfig) -> m.Ready:
         """Start a process and wait until its model is loaded and proven."""
+        return await self._loaded(await self._spawn(), config)
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
         address = f"ipc://{self._folder / f'engine-{next(self._launches)}'}"
         self._socket.bind(address)
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "servekit.engine.process", address, start_new_session=True
         )
-        first = await self._first_words(self._process, config)
+        return self._process
+
+    async def _loaded(self, process: asyncio.subprocess.Process, config: EngineConfig) -> m.Ready:
+        first = await self._first_words(process, config)
         if isinstance(first, m.Failed):
             raise rebuilt(first.error)
         if not isinstance(first, m.Ready):

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common_platform.errors import RequestError, ResourceError
 from servekit.core.facts import ModelFacts
@@ -14,7 +15,9 @@ from servekit.sampling.parameters import StructuredOutput
 from servekit.sampling.structured.grammar import engine as library
 from servekit.sampling.structured.guard import GrammarGuard
 from servekit.sampling.structured.limits import GrammarLimits
-from servekit.sampling.structured.matcher import GrammarCompiler, GrammarState
+
+if TYPE_CHECKING:  # a server, which only asks at the door, has its engine start sooner without
+    from servekit.sampling.structured.matcher import GrammarCompiler, GrammarState
 
 
 class GrammarDoor:
@@ -100,6 +103,8 @@ class Grammars:
     def start(self, spec: StructuredOutput) -> GrammarState:
         """A state at the beginning of ``spec``; cheap once it was prepared."""
         if self._compiler is None:
+            from servekit.sampling.structured.matcher import GrammarCompiler
+
             text = (self._folder / "tokenizer.json").read_text(encoding="utf-8")
             self._compiler = GrammarCompiler(text, self._facts.vocab_size, self._facts.eos_token_ids, self._limits)
         return self._compiler.compile(spec)

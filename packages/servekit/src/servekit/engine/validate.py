@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from common_platform.errors import RequestError
 from servekit.core.facts import ModelFacts
 from servekit.core.prompt_embeds import PLACEHOLDER, PromptEmbeds
-from servekit.engine.tokenizer import Tokenizer
 from servekit.sampling.parameters import SamplingParams
+
+if TYPE_CHECKING:  # the engine's process, which needs EngineRequest, starts sooner without
+    from servekit.engine.tokenizer import Tokenizer
 
 MAX_CHARS_PER_TOKEN = 64  # a prompt longer than this times the context cannot fit: refused without tokenizing
 MAX_ID_CHARS = 128

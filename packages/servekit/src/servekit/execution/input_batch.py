@@ -28,6 +28,16 @@ class StepArrays:
     lasts: np.ndarray  # index of each row's last token among the step's tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """A step of one token a row on a CPU: most often the next step has the same rows, one token further."""
+
+    slots: list[int]
+    step: StepArrays
+    rows: list[StepRows]
+    room: int  # tokens that the block tables in ``rows`` reach
+
+
 class InputBatch:
     """Token ids, block tables and positions of up to ``max_num_seqs`` requests.
 
@@ -49,6 +59,7 @@ class InputBatch:
     ) -> None:
         self.build = build
         self._given: dict[int, tuple[int, torch.Tensor]] = {}  # slot -> first position, [tokens, hidden] from there
+        self._decode: Decode | None = None  # the last step, unless block tables have changed since
         self._newest: torch.Tensor | None = None  # [max_num_seqs] int64, the token sampled last for each slot
         self.block_size = block_size
         self.max_model_len = max_model_len
@@ -77,10 +88,12 @@ class InputBatch:
 
     def end(self, slot: int) -> None:
         """The slot's row is over; most of it is written over by the next."""
+        self._decode = None
         self._given.pop(slot, None)
 
     def append(self, appends: Sequence[BlockAppend]) -> None:
         """Block tables grow, mostly by one block each: those are written at once."""
+        self._decode = None
         for group, (table, lengths) in enumerate(zip(self.tables, self.table_lengths, strict=True)):
             ones = [append for append in appends if append.group == group and len(append.blocks) == 1]
             if not ones:
@@ -122,6 +135,10 @@ class InputBatch:
         return self.token_ids[slot, : self.num_tokens[slot]]
 
     def arrays(self, plan: StepPlan) -> StepArrays:
+        """The rows of ``plan``; valid until the next call."""
+        if (last := self._decode) and plan.total_tokens == len(last.slots) and plan.slots == last.slots:
+            self.num_computed.take(last.step.slots, out=last.step.starts)
+            return last.step
         slots, num_rows = _integers(plan.slots), len(plan.slots)
         starts = self.num_computed[slots]
         if plan.total_tokens == num_rows:
@@ -131,11 +148,8 @@ class InputBatch:
 
     def inputs(self, step: StepArrays) -> StepInputs:
         """What the model reads for the tokens of ``step``."""
-        longest = -(-int((step.starts + step.counts).max()) // self.block_size)
-        rows = [
-            StepRows(table[:, :longest].take(step.slots, axis=0), step.starts, step.counts, group.window)
-            for group, table in zip(self.groups, self.tables, strict=True)
-        ]
+        last = self._decode
+        rows = last.rows if last and step is last.step and step.starts.max() < last.room else self._rows(step)
         token_ids, positions = self._new_tokens(step)
         ids = to_device(token_ids, self.device)
         if self._newest is not None and (token_ids == UNKNOWN).any():
@@ -144,6 +158,17 @@ class InputBatch:
         given = self._given_in(step) if self._given else None
         places = to_device(positions, self.device)
         return StepInputs(ids, places, rows, self.block_size, build=self.build, given=given)
+
+    def _rows(self, step: StepArrays) -> list[StepRows]:
+        """The block tables of the rows, as far as they reach."""
+        longest = -(-int((step.starts + step.counts).max()) // self.block_size)
+        rows = [
+            StepRows(table[:, :longest].take(step.slots, axis=0), step.starts, step.counts, group.window)
+            for group, table in zip(self.groups, self.tables, strict=True)
+        ]
+        is_decode = self.device.type == "cpu" and step.lasts[-1] + 1 == len(step.slots)
+        self._decode = Decode(step.slots.tolist(), step, rows, longest * self.block_size) if is_decode else None
+        return rows
 
     def _given_in(self, step: StepArrays) -> GivenRows | None:
         """The given embeddings of the tokens of ``step``."""

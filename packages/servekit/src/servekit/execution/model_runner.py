@@ -22,19 +22,20 @@ from servekit.execution.logprobs import token_logprobs
 from servekit.execution.offload import OffloadStore
 from servekit.execution.pooling import Pool
 from servekit.execution.proposer import Proposer
-from servekit.execution.sampler import SampleOutput, Sampler, chosen
+from servekit.execution.sampler import Sampler, chosen
 from servekit.execution.sampler_row import Grammar
 from servekit.execution.warm_up import null_step, step_sizes
 from servekit.kernels.kv_write import copy_blocks
 from servekit.kernels.paged_attention.metadata import to_device
 from servekit.layers.attention import StepInputs
 from servekit.layers.kernels import Kernels
-from servekit.models.registry import CausalModel, GreedyModel
+from servekit.models.registry import CausalModel, GreedyModel, Likely
 from servekit.sampling.parameters import SamplingParams, StructuredOutput
 
 GrammarOf = Callable[[StructuredOutput], Grammar]
 DEFAULT_KERNELS = Kernels()
 NO_NUMBER = "no token can follow: the model's output is not a number"
+NOTHING = torch.empty(0)
 MAX_FORCED = 32  # tokens of a grammar's forced text that one step verifies
 PROMPT_LOGPROB_ROWS = 256  # positions whose logits exist at a time
 
@@ -49,8 +50,8 @@ class Launched:
     done: StepResult | None = None
     step: int = 0
     slots: list[int] = field(default_factory=list)
-    tokens: Tensor = field(default_factory=lambda: torch.empty(0))
-    highest: Tensor = field(default_factory=lambda: torch.empty(0))
+    tokens: Tensor = NOTHING
+    highest: Tensor = NOTHING
     arrived: Callable[[], None] = field(default=lambda: None)
 
     def result(self) -> StepResult:
@@ -165,6 +166,10 @@ class ModelRunner:
             return Launched(StepResult(plan.step, []))
         step = self.batch.arrays(plan)
         inputs = self.batch.inputs(step)
+        if self._greedy and self.sampler.is_greedy and any(plan.samples) and not plan.drafts:
+            places = step.lasts if all(plan.samples) else step.lasts[np.flatnonzero(plan.samples)]
+            hidden, likely = self._greedy.forward_greedy(inputs, places)
+            return Launched(self._looked_at(plan, step, inputs, hidden, likely))
         hidden = self.forward(inputs)
         if self._needs_no_look(plan, step):
             return self._draw_unseen(plan, step, hidden)
@@ -190,14 +195,16 @@ class ModelRunner:
         event.record()
         return Launched(step=plan.step, slots=slots.tolist(), tokens=tokens, highest=highest, arrived=event.synchronize)
 
-    def _looked_at(self, plan: StepPlan, step: StepArrays, inputs: StepInputs, hidden: Tensor) -> StepResult:
+    def _looked_at(
+        self, plan: StepPlan, step: StepArrays, inputs: StepInputs, hidden: Tensor, likely: Likely | None = None
+    ) -> StepResult:
         if self._proposer:
             self._proposer.computed(inputs)
         prompt_logprobs = self._prompt_logprobs_of(step, hidden)
         pooled = self._pooled_of(step, hidden)
         if not all(plan.samples):  # a sampled token says itself that all before it is computed
             self.batch.num_computed[step.slots] += step.counts
-        result = self._sample(plan, step, hidden, prompt_logprobs)
+        result = self._sample(plan, step, hidden, prompt_logprobs, likely)
         if pooled:
             tokens = result.tokens or [[token] for token in result.sampled]
             return msgspec.structs.replace(result, tokens=tokens, sampled=[], pooled=pooled)
@@ -240,8 +247,14 @@ class ModelRunner:
                         copy_blocks(cache, pairs[:, 0], pairs[:, 1])
 
     def _sample(
-        self, plan: StepPlan, step: StepArrays, hidden: Tensor, prompt_logprobs: dict[int, list[TokenLogprob]]
+        self,
+        plan: StepPlan,
+        step: StepArrays,
+        hidden: Tensor,
+        prompt_logprobs: dict[int, list[TokenLogprob]],
+        likely: Likely | None,
     ) -> StepResult:
+        """``likely``: of the rows that sample, where it is known."""
         if not any(plan.samples):
             return StepResult(plan.step, [], prompt_logprobs=prompt_logprobs)
         rows, slots, wanted = step.lasts, step.slots, plan.slots
@@ -250,7 +263,9 @@ class ModelRunner:
             rows, slots, wanted = rows[sampled], slots[sampled], slots[sampled].tolist()
         if plan.drafts:
             return self._verify(plan, wanted, rows, hidden, prompt_logprobs)
-        output = self._most_likely(rows, hidden) or self.sampler.sample(self._logits(rows, hidden), wanted)
+        output = likely and chosen(likely.highest, likely.ids)
+        if output is None:
+            output = self.sampler.sample(self._logits(rows, hidden), wanted)
         known = [max(token, 0) for token in output.token_ids] if output.errors else output.token_ids
         self.batch.add_sampled(slots, known)
         proposals = self._proposals(wanted, output.errors)
@@ -265,20 +280,10 @@ class ModelRunner:
             proposals=proposals,
         )
 
-    def _most_likely(self, places: NDArray[np.int64], hidden: Tensor) -> SampleOutput | None:
-        """The tokens, where they can be told without logits."""
-        if self._greedy is None or not self.sampler.is_greedy:
-            return None
-        found = self._greedy.most_likely(self._at(places, hidden))
-        return chosen(*found) if found else None
-
     def _logits(self, places: NDArray[np.int64], hidden: Tensor) -> Tensor:
-        return self.model.logits(self._at(places, hidden))
-
-    def _at(self, places: NDArray[np.int64], hidden: Tensor) -> Tensor:
-        if len(places) == len(hidden):
-            return hidden
-        return hidden.index_select(0, to_device(places, self.device))
+        if len(places) != len(hidden):
+            hidden = hidden.index_select(0, to_device(places, self.device))
+        return self.model.logits(hidden)
 
     def _verify(
         self,

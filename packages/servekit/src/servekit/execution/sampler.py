@@ -41,7 +41,7 @@ class SampleOutput:
     errors: dict[int, str] = field(default_factory=dict)
 
 
-def chosen(highest: Tensor, ids: Tensor) -> SampleOutput | None:
+def chosen(highest: Tensor | NDArray[np.float32], ids: Tensor | NDArray[np.int64]) -> SampleOutput | None:
     """The most likely tokens; None where a row's highest logit is not finite, and what is wrong is to be found out."""
     return SampleOutput(ids.tolist()) if math.isfinite(float(highest.sum())) else None
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common_platform.artifact import ModelFolder
@@ -19,11 +21,14 @@ from servekit.layers.parallel import shard, share
 from servekit.layers.rotary import inverse_frequencies
 from servekit.layers.weights import Weights
 from servekit.models.llama import LlamaConfig, kv_groups_of
+from servekit.models.registry import Likely
 
 HEAD_UNIT = 16  # numbers of a head are padded to this many
 MAX_HEAD_DIM = 512
 SMALLEST_CAPACITY = 64  # tokens
-FEW_ROWS = 4  # of logits: fewer are written down sooner than they are looked at on the way
+INNER_GROUP = (
+    32  # of an MLP's inner numbers of 8 bits: a few are far larger than the others, and a scale is theirs alone
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,8 @@ class Layer:
 class Recording:
     """The operations of a step of up to ``capacity`` tokens, in programs with sums over ranks between them.
 
-    ``x`` [capacity, hidden] is where the embeddings stand, ``hidden`` where the last states come out.
+    ``x`` [capacity, hidden] is where the embeddings stand, ``hidden`` where the last states come out, ``highest`` and
+    ``ids`` [capacity] what is most likely after the tokens that a run picks; of one rank only.
     """
 
     cache: Tensor
@@ -52,6 +58,8 @@ class Recording:
     x: Tensor
     hidden: Tensor
     partial: Tensor
+    highest: NDArray[np.float32]
+    ids: NDArray[np.int64]
 
 
 class Operand:
@@ -98,7 +106,6 @@ class NativeLlama:
         frequencies, factor = inverse_frequencies(config.rope, config.head_dim, config.max_positions)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
         self._angles = torch.cat((angles.cos() * factor, angles.sin() * factor), dim=1).contiguous()
-        self._greedy: tuple[Program, Tensor, Tensor] | None = None
         self._recordings: dict[bool, Recording] = {}  # by whether embeddings are given
         self._record_head(1)
 
@@ -162,6 +169,17 @@ class NativeLlama:
 
     def forward(self, step: StepInputs) -> Tensor:
         """The last hidden states, ``[tokens, hidden]`` float32: valid until the next call."""
+        return self._run(step, None).hidden[: len(step.token_ids)]
+
+    def forward_greedy(self, step: StepInputs, places: NDArray[np.int64]) -> tuple[Tensor, Likely | None]:
+        """As ``forward``, and the most likely tokens after ``places``: valid until the next call; None of ranks."""
+        recording, count = self._run(step, places), len(places)
+        hidden = recording.hidden[: len(step.token_ids)]
+        if self._ranks.world_size > 1:
+            return hidden, None
+        return hidden, Likely(recording.highest[:count], recording.ids[:count])
+
+    def _run(self, step: StepInputs, places: NDArray[np.int64] | None) -> Recording:
         tokens, is_given = len(step.token_ids), step.given is not None
         recording = self._recordings.get(is_given)
         if recording is None or recording.cache is not self.attentions[0].cache or recording.capacity < tokens:
@@ -173,8 +191,8 @@ class NativeLlama:
             program.run(step.token_ids, step.positions, step.rows)
             mine = recording.partial[:tokens]
             mine.copy_(self._ranks.all_reduce(mine))
-        recording.programs[-1].run(step.token_ids, step.positions, step.rows)
-        return recording.hidden[:tokens]
+        recording.programs[-1].run(step.token_ids, step.positions, step.rows, places)
+        return recording
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden]`` -> ``[rows, vocab]`` float32: valid until the next call."""
@@ -183,27 +201,6 @@ class NativeLlama:
         self._head_program.run_rows(hidden)
         mine = self._logits[: len(hidden)]
         return mine if self._ranks.world_size == 1 else self._ranks.all_gather(mine, dim=-1)
-
-    def most_likely(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """``[rows, hidden]`` -> as ``kernels.argmax`` of the logits, which are not made; None where they must be.
-
-        Valid until the next call.
-        """
-        if len(hidden) < FEW_ROWS or self._ranks.world_size > 1:
-            return None
-        if self._greedy is None or len(hidden) > len(self._greedy[1]):
-            self._greedy = self._record_greedy(1 << (len(hidden) - 1).bit_length())
-        program, highest, ids = self._greedy
-        program.run_rows(hidden)
-        return highest[: len(hidden)], ids[: len(hidden)]
-
-    def _record_greedy(self, capacity: int) -> tuple[Program, Tensor, Tensor]:
-        program = Program(self._library, self._pool)
-        x = Rows.input_of(self._head, self._library, capacity)
-        highest, ids = torch.zeros(capacity), torch.zeros(capacity, dtype=torch.int64)
-        program.convert(None, self.config.hidden_size, x)
-        program.highest(x, self._head, self.vocab_size, ids, highest)
-        return program, highest, ids
 
     def _record_head(self, capacity: int) -> None:
         program = Program(self._library, self._pool)
@@ -229,7 +226,7 @@ class NativeLlama:
         qkv = Rows(capacity, (self._heads + 2 * self._kv_heads) * config.head_dim)
         queries = Rows(capacity, self._heads * padded, caches[0].queries(library))
         attended = Operand(Rows.input_of(first.out, library, capacity), capacity)
-        inner = Operand(Rows.input_of(first.down, library, capacity), capacity)
+        inner = Operand(Rows.input_of(first.down, library, capacity, INNER_GROUP), capacity)
         programs = [Program(library, self._pool)]
 
         def add_to_x(operand: Operand, weight: PackedWeight) -> None:
@@ -256,5 +253,10 @@ class NativeLlama:
             program.linear(normed, layer.gate_up, inner.written, Epilogue.SWIGLU)
             add_to_x(inner, layer.down)
         programs[-1].norm(x, self._norm, eps, hidden)
+        highest, ids = np.zeros(capacity, np.float32), np.zeros(capacity, np.int64)
+        if self._ranks.world_size == 1:
+            picked = Rows.input_of(self._head, library, capacity)
+            programs[-1].pick(hidden, config.hidden_size, picked)
+            programs[-1].highest(picked, self._head, self.vocab_size, ids, highest)
         bound = self.attentions[0].cache
-        return Recording(bound, capacity, programs, x.tensor(), hidden.tensor(), partial.tensor())
+        return Recording(bound, capacity, programs, x.tensor(), hidden.tensor(), partial.tensor(), highest, ids)

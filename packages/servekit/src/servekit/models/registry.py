@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pkgutil
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common_platform.artifact import ModelFolder
@@ -22,6 +25,14 @@ BUILT_IN = {  # config.json's architectures -> where the class is; imported on f
     "Qwen3ForCausalLM": "servekit.models.llama:Llama",
 }
 NATIVE = dict.fromkeys(BUILT_IN, "servekit.models.native_llama:NativeLlama")  # on the C++ kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Likely:
+    """The highest logit of each row, not finite where none can be told, and which is the first: ``[rows]``."""
+
+    highest: NDArray[np.float32]
+    ids: NDArray[np.int64]
 
 
 class CausalModel(Protocol):
@@ -42,13 +53,10 @@ class CausalModel(Protocol):
 
 @runtime_checkable
 class GreedyModel(Protocol):
-    """A model that can find the most likely tokens without writing all logits down."""
+    """A model that finds the most likely tokens in the same call, without writing all logits down."""
 
-    def most_likely(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """``[rows, hidden]`` -> the highest logit of each row and its id, or None: then ask for logits.
-
-        Of the highest the first; not finite where none can be told.
-        """
+    def forward_greedy(self, step: StepInputs, places: NDArray[np.int64]) -> tuple[Tensor, Likely | None]:
+        """As ``forward``, and what is most likely after the tokens at ``places``; None where it cannot tell."""
 
 
 class NativeModel(CausalModel, Protocol):

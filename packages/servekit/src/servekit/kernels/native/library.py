@@ -14,7 +14,7 @@ from common_platform.errors import ConfigError
 from common_platform.logging import get_logger
 from servekit.kernels.native.memory import Arena
 
-API_VERSION = 4
+API_VERSION = 5
 MAX_GROUPS = 8
 PATH = Path(__file__).parent / "libservekit_cpu.so"
 
@@ -80,6 +80,8 @@ class CStep(Structure):
         ("table_strides", c_int64 * MAX_GROUPS),
         ("input", c_void_p),
         ("input_stride", c_int64),
+        ("picks", c_void_p),
+        ("num_picks", c_int32),
     )
 
 
@@ -105,6 +107,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "sk_add_embed": (None, [c_void_p, c_void_p, c_int32, c_int32, ROWS]),
     "sk_add_norm": (None, [c_void_p, ROWS, c_void_p, c_float, ROWS]),
     "sk_add_convert": (None, [c_void_p, ROWS, c_int32, ROWS]),
+    "sk_add_pick": (None, [c_void_p, ROWS, c_int32, ROWS]),
     "sk_add_sum": (None, [c_void_p, ROWS, ROWS]),
     "sk_add_linear": (None, [c_void_p, ROWS, MATRIX, c_int32, ROWS]),
     "sk_add_highest": (None, [c_void_p, ROWS, MATRIX, c_int32, c_int32, c_void_p, c_void_p]),

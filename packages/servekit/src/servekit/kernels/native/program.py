@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from servekit.kernels.native.library import CCache, CRows, CStep, Format, Library, Pool
@@ -56,9 +57,9 @@ class Rows:
         return torch.from_numpy(self._data)[:, : self.cols]
 
     @classmethod
-    def input_of(cls, weight: PackedWeight, library: Library, capacity: int) -> Rows:
-        """Rows in the format that ``weight``'s product reads."""
-        group = I4_GROUP if weight.format is Format.I4 else I8_GROUP
+    def input_of(cls, weight: PackedWeight, library: Library, capacity: int, group: int = I8_GROUP) -> Rows:
+        """Rows in the format that ``weight``'s product reads; ``group``: of those beside weights of 8 bits."""
+        group = I4_GROUP if weight.format is Format.I4 else group
         return cls(capacity, weight.in_features, library.input_format(weight.format), group)
 
 
@@ -107,6 +108,8 @@ class Program:
         self._pool = pool
         self._kept: list[object] = []
         self._names: list[str] = []
+        self._rows: Sequence[StepRows] = ()
+        self._step = CStep()
         self._handle = self._c.sk_program_new(pool.handle)
 
     def __del__(self) -> None:
@@ -129,6 +132,11 @@ class Program:
         self._c.sk_add_convert(self._handle, None if x is None else x.c, width, out.c)
         self._keep("convert", x, out)
 
+    def pick(self, x: Rows, width: int, out: Rows) -> None:
+        """The rows of ``x``, float32, that ``run`` is told of; what is added afterwards works on these."""
+        self._c.sk_add_pick(self._handle, x.c, width, out.c)
+        self._keep("pick", x, out)
+
     def add(self, y: Rows, x: Rows) -> None:
         """``x += y``, float32."""
         self._c.sk_add_sum(self._handle, y.c, x.c)
@@ -138,13 +146,21 @@ class Program:
         self._c.sk_add_linear(self._handle, x.c, weight.matrix, epilogue, out.c)
         self._keep("linear", x, weight, out)
 
-    def highest(self, x: Rows, weight: PackedWeight, columns: int, ids: Tensor, highest: Tensor) -> None:
+    def highest(
+        self,
+        x: Rows,
+        weight: PackedWeight,
+        columns: int,
+        ids: NDArray[np.int64],
+        highest: NDArray[np.float32],
+    ) -> None:
         """The largest of the first ``columns`` of each row of the product, and where it is first; the rest is not kept.
 
         Args:
-            ids: ``[capacity of x]`` int64, and ``highest`` float32: written; NaN where a row holds one.
+            ids: ``[capacity of x]``, and ``highest``: written; NaN where a row holds one.
         """
-        self._c.sk_add_highest(self._handle, x.c, weight.matrix, columns, len(ids), ids.data_ptr(), highest.data_ptr())
+        places = ids.ctypes.data, highest.ctypes.data
+        self._c.sk_add_highest(self._handle, x.c, weight.matrix, columns, len(ids), *places)
         self._keep("highest", x, weight, ids, highest)
         self._names.append("first")
 
@@ -183,15 +199,26 @@ class Program:
         self._keep("attention", queries, cache, out)
         self._names.append("combine")
 
-    def run(self, token_ids: Tensor, positions: Tensor, rows: Sequence[StepRows]) -> None:
-        """Run over the tokens of a step; ``token_ids`` and ``positions`` ``[tokens]`` int64."""
-        step = CStep(tokens=len(token_ids), sequences=len(rows[0].starts))
-        step.token_ids, step.positions = token_ids.data_ptr(), positions.data_ptr()
-        step.starts, step.counts = rows[0].starts.ctypes.data, rows[0].counts.ctypes.data
-        for group, given in enumerate(rows):
-            step.tables[group] = given.tables.ctypes.data
-            step.table_strides[group] = given.tables.shape[1]
+    def run(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        rows: Sequence[StepRows],
+        picks: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Run over the tokens of a step: ``token_ids`` and ``positions`` ``[tokens]`` int64.
+
+        Args:
+            picks: the tokens that ``pick`` takes.
+        """
+        if rows is not self._rows:  # else their arrays are those of the last run
+            self._rows, self._step = rows, _step_of(rows)
+        step = self._step
+        step.tokens, step.token_ids, step.positions = len(token_ids), token_ids.data_ptr(), positions.data_ptr()
+        if picks is not None:
+            step.picks, step.num_picks = picks.ctypes.data, len(picks)
         self._c.sk_run(self._handle, ctypes.byref(step))
+        step.num_picks = 0
 
     def run_rows(self, x: Tensor) -> None:
         """Run a program that begins with ``convert(None, ...)`` over ``x`` ``[rows, width]`` float32."""
@@ -210,3 +237,13 @@ class Program:
     def _keep(self, name: str, *things: object) -> None:
         self._names.append(name)
         self._kept.append(things)
+
+
+def _step_of(rows: Sequence[StepRows]) -> CStep:
+    """With what the kernels read of ``rows``, which must stay alive."""
+    step = CStep(sequences=len(rows[0].starts))
+    step.starts, step.counts = rows[0].starts.ctypes.data, rows[0].counts.ctypes.data
+    for group, given in enumerate(rows):
+        step.tables[group] = given.tables.ctypes.data
+        step.table_strides[group] = given.tables.shape[1]
+    return step
