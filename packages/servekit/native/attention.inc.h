@@ -15,6 +15,7 @@ using servekit::PARTIAL_EXTRA;
 using servekit::Scratch;
 
 constexpr float NOTHING = -INFINITY;
+constexpr float NEAR = 4.0f;  // a weight is e ** 4 at most
 constexpr int FEW_ROWS = 16;  // of queries, for which memory is waited for
 constexpr int TILE_ROWS = 6, TILE_VECTORS = LANES == 16 ? 4 : 2;
 
@@ -193,9 +194,15 @@ class QueryTile {
     for (int r = 0; r < rows_; r += TILE_ROWS) {
       const int rows = rows_ - r < TILE_ROWS ? rows_ - r : TILE_ROWS;
       score(r, rows, keys, num_blocks, asks && r == 0 ? next_keys : nullptr);
+      float most[TILE_ROWS];
       for (int i = 0; i < rows; ++i) {
-        if (is_bytes()) weigh<true>(r + i, scores_ + i * KEY_TILE, first, num_keys, key_scales, value_scales);
-        else weigh<false>(r + i, scores_ + i * KEY_TILE, first, num_keys, nullptr, nullptr);
+        float* s = scores_ + i * KEY_TILE;
+        most[i] = is_bytes() ? look<true>(r + i, s, first, num_keys, key_scales)
+                             : look<false>(r + i, s, first, num_keys, nullptr);
+      }
+      for (int i = 0; i < rows; ++i) {
+        if (is_bytes()) weigh<true>(r + i, scores_ + i * KEY_TILE, most[i], num_keys, value_scales);
+        else weigh<false>(r + i, scores_ + i * KEY_TILE, most[i], num_keys, nullptr);
       }
     }
     if (is_bytes()) {
@@ -264,26 +271,25 @@ class QueryTile {
       score_rows<D, 1>(queries, rows, width_, vectors + v, next ? after + v : nullptr, step, scores_ + v * LANES);
   }
 
-  // Scores become weights: the softmax so far.
+  static int padded(int num_keys) { return (num_keys + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
+  float factor() const { return op_.soft_cap > 0 ? 1.0f : op_.scale; }  // of scores that have been looked at
+
+  // Puts NOTHING where a row does not look, and bends its scores. The highest.
   template <bool scaled>
-  void weigh(int r, float* s, int64_t first, int num_keys, const float* key_scales, const float* value_scales) {
-    Value* p = weights_ + static_cast<size_t>(r) * KEY_TILE;
+  float look(int r, float* s, int64_t first, int num_keys, const float* key_scales) const {
     const int64_t position = task_.start + r / groups_;
     const int64_t after = position + 1 - first;  // keys of this tile that are not behind the token
     const int64_t before = op_.window ? position + 1 - op_.window - first : 0;
-    const int last = after < num_keys ? static_cast<int>(after < 0 ? 0 : after) : num_keys;
-    const int padded = (num_keys + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
-    const int begin = before <= 0 ? 0 : before < padded ? static_cast<int>(before) : padded;
+    const int end = padded(num_keys), last = after < num_keys ? static_cast<int>(after < 0 ? 0 : after) : num_keys;
+    const int begin = before <= 0 ? 0 : before < end ? static_cast<int>(before) : end;
     if (scaled)
-      for (int c = 0; c < padded; c += LANES) store(s + c, load(s + c) * load(key_scales + c));
+      for (int c = 0; c < end; c += LANES) store(s + c, load(s + c) * load(key_scales + c));
     for (int c = 0; c < begin; ++c) s[c] = NOTHING;
-    for (int c = last; c < padded; ++c) s[c] = NOTHING;
+    for (int c = last; c < end; ++c) s[c] = NOTHING;
     vf most = all(NOTHING);
-    float by = op_.scale;
     if (op_.soft_cap > 0) {
-      by = 1.0f;
       const vf steep = all(2.0f * op_.scale / op_.soft_cap);
-      for (int c = 0; c < padded; c += LANES) {
+      for (int c = 0; c < end; c += LANES) {
         const vf x = load(s + c);
         const vf bent = op_.soft_cap * (1.0f - 2.0f / (exponential(x * steep) + 1.0f));
         const vf y = x == NOTHING ? all(NOTHING) : bent;
@@ -291,12 +297,20 @@ class QueryTile {
         most = larger(most, y);
       }
     } else {
-      for (int c = 0; c < padded; c += LANES) most = larger(most, load(s + c));
+      for (int c = 0; c < end; c += LANES) most = larger(most, load(s + c));
     }
-    const float old = highest_[r], new_top = highest(most) * by, top = new_top > old ? new_top : old;
-    vf sums = {};
+    return highest(most) * factor();
+  }
+
+  // Scores become weights: the softmax so far. What they are relative to need not be the highest of all, only near it:
+  // it moves where a row has a much higher one, for then what was summed up has to be multiplied.
+  template <bool scaled>
+  void weigh(int r, const float* s, float most, int num_keys, const float* value_scales) {
+    Value* p = weights_ + static_cast<size_t>(r) * KEY_TILE;
+    const float by = factor(), old = highest_[r], top = most > old + NEAR ? most : old;
     const float base = top == NOTHING ? 0.0f : top;
-    for (int c = 0; c < padded; c += 2 * LANES) {
+    vf sums = {};
+    for (int c = 0; c < padded(num_keys); c += 2 * LANES) {
       vf a = D::weight(load(s + c), by, base), b = D::weight(load(s + c + LANES), by, base);
       sums += a + b;
       if (scaled) {  // where nobody looks is no scale
@@ -305,7 +319,6 @@ class QueryTile {
       }
       D::put_two(p + c, a, b);
     }
-    if (num_keys < KEY_TILE && num_keys % 2) D::put(p + num_keys, 0.0f);
     const float fade = old == top ? 1.0f : old == NOTHING ? 0.0f : std::exp(old - top);
     highest_[r] = top;
     total_[r] = total_[r] * fade + sum(sums);

@@ -219,7 +219,9 @@ void finish(const sk_matrix& w, Slice slice, float* tile, int rows, int first, i
     if (epilogue == SK_SWIGLU) {  // 32 gates, and the 32 that they let through
       for (int c = 0; c < PANEL / 2; c += LANES) {
         const vf gate = load(sums + c), up = load(sums + PANEL / 2 + c);
-        store(sums + c, quotient(gate, exponential(-gate) + 1.0f) * up);
+        const vf open = out.format == SK_BF16 ? near_quotient(gate, BF16::weight(gate, -1.0f, 0.0f) + 1.0f)
+                                              : quotient(gate, exponential(-gate) + 1.0f);
+        store(sums + c, open * up);
       }
     }
     const int from = epilogue == SK_SWIGLU ? column / 2 : column, width = epilogue == SK_SWIGLU ? PANEL / 2 : columns;

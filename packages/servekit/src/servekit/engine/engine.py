@@ -189,7 +189,10 @@ class EngineCore:
             plan = self.scheduler.plan_step()
             if not plan.slots and not plan.ends:
                 break
-            self._under_way.append((plan, self.executor.submit(plan)))
+            future = self.executor.submit(plan)
+            self._under_way.append((plan, future))
+            if future.done():  # what it says is known to the next plan, and waits for nothing
+                break
         if self._under_way:
             plan, future = self._under_way.popleft()
             self.scheduler.finish_step(plan, future.result())

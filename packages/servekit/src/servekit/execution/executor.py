@@ -32,6 +32,7 @@ from servekit.models.registry import CausalModel, architecture_of, model_class, 
 
 PROBE_BLOCK = 16
 SHORT_STEP_S = 5e-4
+FEW_ROWS = 4
 
 
 class InProcessExecutor:
@@ -186,13 +187,16 @@ class InProcessExecutor:
                 self._runner.warm_up()
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
-        """Carry ``plan`` out after those submitted before: in a thread of its own, unless steps are short."""
+        """Carry ``plan`` out after those submitted before: in a thread of its own, unless steps are short or of few rows.
+
+        Of few rows there is little to do beside the step, less than handing it over and back takes.
+        """
         if self._runner is None:
             raise RuntimeError("submit() before start()")
         if self._collector is not None:
             launched = self._thread.submit(self._runner.launch, plan)
             return self._collector.submit(lambda: launched.result().result())
-        if self._last.done() and self._last_s < SHORT_STEP_S:  # handing it over would take as long
+        if self._last.done() and (self._last_s < SHORT_STEP_S or len(plan.slots) <= FEW_ROWS):
             done: Future[StepResult] = Future()
             try:
                 done.set_result(self._timed(self._runner, plan))
