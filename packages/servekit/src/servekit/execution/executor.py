@@ -187,9 +187,9 @@ class InProcessExecutor:
                 self._runner.warm_up()
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
-        """Carry ``plan`` out after those submitted before: in a thread of its own, unless steps are short or of few rows.
+        """Carry ``plan`` out after those submitted before: in a thread of its own, or at once.
 
-        Of few rows there is little to do beside the step, less than handing it over and back takes.
+        At once where handing it over and back would take longer than what there is to do beside it.
         """
         if self._runner is None:
             raise RuntimeError("submit() before start()")
