@@ -34,6 +34,7 @@ class Decode:
 
     slots: list[int]
     step: StepArrays
+    positions: torch.Tensor  # [rows], where ``step`` begins: its memory
     rows: list[StepRows]
     room: int  # tokens that the block tables in ``rows`` reach
 
@@ -148,8 +149,12 @@ class InputBatch:
 
     def inputs(self, step: StepArrays) -> StepInputs:
         """What the model reads for the tokens of ``step``."""
-        last = self._decode
-        rows = last.rows if last and step is last.step and step.starts.max() < last.room else self._rows(step)
+        is_known = self._newest is None  # every token, by the host
+        if is_known and (last := self._decode) and step is last.step and step.starts.max() < last.room:
+            ids = torch.from_numpy(self.token_ids[step.slots, step.starts])
+            given = self._given_in(step) if self._given else None
+            return StepInputs(ids, last.positions, last.rows, self.block_size, build=self.build, given=given)
+        rows = self._rows(step)
         token_ids, positions = self._new_tokens(step)
         ids = to_device(token_ids, self.device)
         if self._newest is not None and (token_ids == UNKNOWN).any():
@@ -166,8 +171,10 @@ class InputBatch:
             StepRows(table[:, :longest].take(step.slots, axis=0), step.starts, step.counts, group.window)
             for group, table in zip(self.groups, self.tables, strict=True)
         ]
-        is_decode = self.device.type == "cpu" and step.lasts[-1] + 1 == len(step.slots)
-        self._decode = Decode(step.slots.tolist(), step, rows, longest * self.block_size) if is_decode else None
+        self._decode = None
+        if self.device.type == "cpu" and step.lasts[-1] + 1 == len(step.slots):
+            places = torch.from_numpy(step.starts)
+            self._decode = Decode(step.slots.tolist(), step, places, rows, longest * self.block_size)
         return rows
 
     def _given_in(self, step: StepArrays) -> GivenRows | None:

@@ -22,14 +22,14 @@ from servekit.execution.logprobs import token_logprobs
 from servekit.execution.offload import OffloadStore
 from servekit.execution.pooling import Pool
 from servekit.execution.proposer import Proposer
-from servekit.execution.sampler import Sampler, chosen
+from servekit.execution.sampler import SampleOutput, Sampler, chosen
 from servekit.execution.sampler_row import Grammar
 from servekit.execution.warm_up import null_step, step_sizes
 from servekit.kernels.kv_write import copy_blocks
 from servekit.kernels.paged_attention.metadata import to_device
 from servekit.layers.attention import StepInputs
 from servekit.layers.kernels import Kernels
-from servekit.models.registry import CausalModel, GreedyModel, Likely
+from servekit.models.registry import CausalModel, GreedyModel
 from servekit.sampling.parameters import SamplingParams, StructuredOutput
 
 GrammarOf = Callable[[StructuredOutput], Grammar]
@@ -167,9 +167,7 @@ class ModelRunner:
         step = self.batch.arrays(plan)
         inputs = self.batch.inputs(step)
         if self._greedy and self.sampler.is_greedy and any(plan.samples) and not plan.drafts:
-            places = step.lasts if all(plan.samples) else step.lasts[np.flatnonzero(plan.samples)]
-            hidden, likely = self._greedy.forward_greedy(inputs, places)
-            return Launched(self._looked_at(plan, step, inputs, hidden, likely))
+            return Launched(self._greedy_step(self._greedy, plan, step, inputs))
         hidden = self.forward(inputs)
         if self._needs_no_look(plan, step):
             return self._draw_unseen(plan, step, hidden)
@@ -195,16 +193,31 @@ class ModelRunner:
         event.record()
         return Launched(step=plan.step, slots=slots.tolist(), tokens=tokens, highest=highest, arrived=event.synchronize)
 
+    def _greedy_step(self, model: GreedyModel, plan: StepPlan, step: StepArrays, inputs: StepInputs) -> StepResult:
+        """Where all rows want their most likely tokens: those come out of the model, most often with all there is."""
+        rows = None if all(plan.samples) else np.flatnonzero(plan.samples)
+        hidden, likely = model.forward_greedy(inputs, step.lasts if rows is None else step.lasts[rows])
+        output = chosen(likely.highest, likely.ids) if likely else None
+        if output is None or self._proposer or self._prompt_logprobs or self._pools:
+            return self._looked_at(plan, step, inputs, hidden, output)
+        slots = step.slots
+        if rows is not None:
+            self.batch.num_computed[slots] += step.counts
+            slots = slots[rows]
+        self.batch.add_sampled(slots, output.token_ids)
+        return StepResult(plan.step, [], sampled=output.token_ids)
+
     def _looked_at(
-        self, plan: StepPlan, step: StepArrays, inputs: StepInputs, hidden: Tensor, likely: Likely | None = None
+        self, plan: StepPlan, step: StepArrays, inputs: StepInputs, hidden: Tensor, output: SampleOutput | None = None
     ) -> StepResult:
+        """``output``: of the rows that sample, where it is known."""
         if self._proposer:
             self._proposer.computed(inputs)
         prompt_logprobs = self._prompt_logprobs_of(step, hidden)
         pooled = self._pooled_of(step, hidden)
         if not all(plan.samples):  # a sampled token says itself that all before it is computed
             self.batch.num_computed[step.slots] += step.counts
-        result = self._sample(plan, step, hidden, prompt_logprobs, likely)
+        result = self._sample(plan, step, hidden, prompt_logprobs, output)
         if pooled:
             tokens = result.tokens or [[token] for token in result.sampled]
             return msgspec.structs.replace(result, tokens=tokens, sampled=[], pooled=pooled)
@@ -252,9 +265,8 @@ class ModelRunner:
         step: StepArrays,
         hidden: Tensor,
         prompt_logprobs: dict[int, list[TokenLogprob]],
-        likely: Likely | None,
+        output: SampleOutput | None,
     ) -> StepResult:
-        """``likely``: of the rows that sample, where it is known."""
         if not any(plan.samples):
             return StepResult(plan.step, [], prompt_logprobs=prompt_logprobs)
         rows, slots, wanted = step.lasts, step.slots, plan.slots
@@ -263,7 +275,6 @@ class ModelRunner:
             rows, slots, wanted = rows[sampled], slots[sampled], slots[sampled].tolist()
         if plan.drafts:
             return self._verify(plan, wanted, rows, hidden, prompt_logprobs)
-        output = likely and chosen(likely.highest, likely.ids)
         if output is None:
             output = self.sampler.sample(self._logits(rows, hidden), wanted)
         known = [max(token, 0) for token in output.token_ids] if output.errors else output.token_ids
