@@ -137,7 +137,7 @@ class QueryTile {
       return found;
     };
     const size_t n = static_cast<size_t>(rows_);
-    scores_ = reinterpret_cast<float*>(take(static_cast<size_t>(TILE_ROWS) * KEY_TILE * 4));
+    scores_ = reinterpret_cast<float*>(take(n * KEY_TILE * 4));
     out_ = reinterpret_cast<float*>(take(n * width_ * 4));
     highest_ = reinterpret_cast<float*>(take(n * 4));
     total_ = reinterpret_cast<float*>(take(n * 4));
@@ -191,18 +191,16 @@ class QueryTile {
       if (is_short) ask(next_keys, num_blocks);
       spread(keys, num_blocks);
     }
-    for (int r = 0; r < rows_; r += TILE_ROWS) {
+    score(keys, num_blocks, asks ? next_keys : nullptr);
+    for (int r = 0; r < rows_; r += TILE_ROWS) {  // a few together, so that one need not wait for the other
       const int rows = rows_ - r < TILE_ROWS ? rows_ - r : TILE_ROWS;
-      score(r, rows, keys, num_blocks, asks && r == 0 ? next_keys : nullptr);
       float most[TILE_ROWS];
+      for (int i = 0; i < rows; ++i)
+        most[i] = is_bytes() ? look<true>(r + i, first, num_keys, key_scales)
+                             : look<false>(r + i, first, num_keys, nullptr);
       for (int i = 0; i < rows; ++i) {
-        float* s = scores_ + i * KEY_TILE;
-        most[i] = is_bytes() ? look<true>(r + i, s, first, num_keys, key_scales)
-                             : look<false>(r + i, s, first, num_keys, nullptr);
-      }
-      for (int i = 0; i < rows; ++i) {
-        if (is_bytes()) weigh<true>(r + i, scores_ + i * KEY_TILE, most[i], num_keys, value_scales);
-        else weigh<false>(r + i, scores_ + i * KEY_TILE, most[i], num_keys, nullptr);
+        if (is_bytes()) weigh<true>(r + i, most[i], num_keys, value_scales);
+        else weigh<false>(r + i, most[i], num_keys, nullptr);
       }
     }
     if (is_bytes()) {
@@ -248,11 +246,10 @@ class QueryTile {
   }
 
   // `next`: blocks to ask for.
-  void score(int row, int rows, const uint8_t* const* blocks, int num_blocks, const uint8_t* const* next) {
-    const Value* queries = queries_ + static_cast<size_t>(row) * width_;
+  void score(const uint8_t* const* blocks, int num_blocks, const uint8_t* const* next) {
     if (size_ < LANES) {
       for (int b = 0; b < num_blocks; ++b)
-        score_block_plainly<D>(queries, rows, width_, blocks[b], size_, scores_ + b * size_);
+        score_block_plainly<D>(queries_, rows_, width_, blocks[b], size_, scores_ + b * size_);
       return;
     }
     const uint8_t *vectors[KEY_TILE / LANES], *after[KEY_TILE / LANES];
@@ -262,13 +259,20 @@ class QueryTile {
         vectors[count] = blocks[b] + static_cast<size_t>(j) * 4;
         after[count] = next ? next[b] + static_cast<size_t>(j) * 4 / D::DEPTH * width_ : nullptr;
       }
-    const size_t step = static_cast<size_t>(size_) * 4;
     constexpr int NV = TILE_VECTORS;
     int v = 0;
-    for (; v + NV <= count; v += NV)
-      score_rows<D, NV>(queries, rows, width_, vectors + v, next ? after + v : nullptr, step, scores_ + v * LANES);
-    for (; v < count; ++v)
-      score_rows<D, 1>(queries, rows, width_, vectors + v, next ? after + v : nullptr, step, scores_ + v * LANES);
+    for (; v + NV <= count; v += NV) score_all<NV>(vectors + v, next ? after + v : nullptr, scores_ + v * LANES);
+    for (; v < count; ++v) score_all<1>(vectors + v, next ? after + v : nullptr, scores_ + v * LANES);
+  }
+
+  template <int NV>
+  void score_all(const uint8_t* const* keys, const uint8_t* const* next, float* out) {
+    const size_t step = static_cast<size_t>(size_) * 4;
+    for (int r = 0; r < rows_; r += TILE_ROWS, next = nullptr) {
+      const int rows = rows_ - r < TILE_ROWS ? rows_ - r : TILE_ROWS;
+      score_rows<D, NV>(queries_ + static_cast<size_t>(r) * width_, rows, width_, keys, next, step,
+                        out + static_cast<size_t>(r) * KEY_TILE);
+    }
   }
 
   static int padded(int num_keys) { return (num_keys + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
@@ -276,7 +280,8 @@ class QueryTile {
 
   // Puts NOTHING where a row does not look, and bends its scores. The highest.
   template <bool scaled>
-  float look(int r, float* s, int64_t first, int num_keys, const float* key_scales) const {
+  float look(int r, int64_t first, int num_keys, const float* key_scales) const {
+    float* s = scores_ + static_cast<size_t>(r) * KEY_TILE;
     const int64_t position = task_.start + r / groups_;
     const int64_t after = position + 1 - first;  // keys of this tile that are not behind the token
     const int64_t before = op_.window ? position + 1 - op_.window - first : 0;
@@ -305,7 +310,8 @@ class QueryTile {
   // Scores become weights: the softmax so far. What they are relative to need not be the highest of all, only near it:
   // it moves where a row has a much higher one, for then what was summed up has to be multiplied.
   template <bool scaled>
-  void weigh(int r, const float* s, float most, int num_keys, const float* value_scales) {
+  void weigh(int r, float most, int num_keys, const float* value_scales) {
+    const float* s = scores_ + static_cast<size_t>(r) * KEY_TILE;
     Value* p = weights_ + static_cast<size_t>(r) * KEY_TILE;
     const float by = factor(), old = highest_[r], top = most > old + NEAR ? most : old;
     const float base = top == NOTHING ? 0.0f : top;

@@ -48,8 +48,8 @@ struct Ahead {
   }
 };
 
-// The same where one tile alone reads whole panels, which follow one another: what it reads itself soon, from step `turn`
-// on in the next one. No cache needs to keep that.
+// The same where one tile alone reads whole panels, which follow one another: what it reads itself soon, from step
+// `turn` on in the next one. No cache needs to keep that.
 struct Soon {
   const uint8_t* at;
   size_t turn;

@@ -56,7 +56,8 @@ void interleave(const uint8_t* const* columns, int64_t words, uint8_t* panel) {
 class Panel {
  public:
   Panel(int32_t format, int32_t k)
-      : format_(format), k_(k), numbers_(padded_k(format, k)), size_(panel_size(format, k) / PANEL), bytes_(size_ * PANEL) {}
+      : format_(format), k_(k), numbers_(padded_k(format, k)), size_(panel_size(format, k) / PANEL),
+        bytes_(size_ * PANEL) {}
 
   void pack(const void* const* rows, int32_t row_format, uint8_t* panel, float* scales) {
     const uint8_t* columns[PANEL];

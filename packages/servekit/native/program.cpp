@@ -219,7 +219,8 @@ struct Linear final : Operation {
     const int count = static_cast<int>(slices.size()), index = task % count, part = task / count;
     const int tokens = rows(c), num_parts = parts(tokens);
     const auto begin = [&](int p) {
-      return p == num_parts ? tokens : static_cast<int>(static_cast<int64_t>(tokens) * p / num_parts / ROW_UNIT * ROW_UNIT);
+      const auto row = static_cast<int>(static_cast<int64_t>(tokens) * p / num_parts);
+      return p == num_parts ? tokens : row / ROW_UNIT * ROW_UNIT;
     };
     const uint8_t* next = nullptr;
     if (task + 1 < shares[thread].last) next = weights((task + 1) % count);

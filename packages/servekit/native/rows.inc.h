@@ -31,7 +31,8 @@ void quantize(const Numbers& numbers, int width, const sk_rows& out, int row) {
   size_t place = static_cast<size_t>(row) * (out.stride / out.group);
   for (int first = 0; first < width; first += out.group, ++place) {
     vi mosts = {};  // as bits, without signs: what is no finite number is above all others
-    for (int c = first; c < first + out.group; c += LANES) mosts = larger(mosts, reinterpret_cast<vi>(at(c)) & 0x7fffffff);
+    for (int c = first; c < first + out.group; c += LANES)
+      mosts = larger(mosts, reinterpret_cast<vi>(at(c)) & 0x7fffffff);
     const int32_t bits = highest(mosts);
     float most;
     std::memcpy(&most, &bits, 4);

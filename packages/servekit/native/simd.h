@@ -209,7 +209,9 @@ struct BF16 {
     return (vf)_mm512_dpbf16_ps((__m512)sum, w, (__m512bh)_mm512_set1_epi32(pair));
   }
   static void put(Value* p, float x) { *p = to_bf16(x); }
-  static void put_two(Value* p, vf a, vf b) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a)); }
+  static void put_two(Value* p, vf a, vf b) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+  }
   // To 4e-6 of itself: what is put down has 8 bits.
   static vf weight(vf x, float by, float base) {
     constexpr float per_doubling = 1.44269504f;
