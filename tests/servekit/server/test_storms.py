@@ -6,11 +6,13 @@ import asyncio
 import json
 import os
 import random
+import resource
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,6 +227,92 @@ def test_health_is_never_ready_without_an_engine(sturdy: ServerProcess, kills: i
     taken = sorted(ready - dead for dead, ready in moments)
     figures = {"median": taken[len(taken) // 2], "worst": taken[-1]}
     print(json.dumps({"kills": kills, "answers_again_s": figures, "looks": len(watch.looks), "not_ready": unready}))
+
+
+SURVIVORS = 20  # one caller in so many stays
+STREAMED = HEAD.replace(b"Host: x", b"Host: x\r\nConnection: close")
+
+
+async def leave(server: ServerProcess, chance: random.Random) -> None:
+    """Ask for much, and leave at some moment: at once, after a byte of the answer, or by closing one half."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    body = completion(prompt=f"left {chance.random()}", max_tokens=900, ignore_eos=True, stream=True)
+    data = json.dumps(body).encode()
+    writer.write(STREAMED % len(data) + data)
+    await writer.drain()
+    moment = chance.choice(("before", "middle", "half"))
+    if moment == "middle":
+        await reader.read(chance.randint(1, 2000))
+    else:
+        await asyncio.sleep(chance.random())
+    if moment == "half":
+        writer.write_eof()
+        await reader.read(-1)
+    if chance.random() < 0.5:
+        writer.transport.abort()
+    await gone(writer)
+
+
+async def gone(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
+
+
+async def stay(server: ServerProcess, number: int) -> str:
+    """The text of a stream, which must be whole."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    body = completion(prompt=f"stays {number}", max_tokens=40, ignore_eos=True, stream=True, temperature=0)
+    data = json.dumps(body).encode()
+    writer.write(STREAMED % len(data) + data)
+    lines = [line async for line in reader if line.startswith(b"data: ")]
+    await gone(writer)
+    assert lines[-1] == b"data: [DONE]\n", lines[-1:]
+    return "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines[:-1])
+
+
+async def abort_storm(server: ServerProcess, count: int, seed: int) -> list[str]:
+    """What those who stayed were told."""
+    chance = random.Random(seed)
+    callers = [stay(server, i // SURVIVORS) if i % SURVIVORS == 0 else leave(server, chance) for i in range(count)]
+    async with asyncio.timeout(5 * PATIENCE_S):
+        return [told for told in await asyncio.gather(*callers) if told is not None]
+
+
+async def quiet(server: ServerProcess, count: int) -> list[str]:
+    return [await stay(server, number) for number in range(count)]
+
+
+@pytest.mark.parametrize(("count", "seeds"), [(60, 1), pytest.param(1000, 5, marks=pytest.mark.slow)])
+def test_an_abort_storm_leaves_nothing_behind(tiny_model: Path, count: int, seeds: int) -> None:
+    """P2: nineteen in twenty leave; the others read what they read on a quiet day, and nothing is held afterwards."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * count + 256
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, hard)), hard))  # the server's too, which inherits
+    flags = ("--deterministic", "--max-streams", "2000", "--max-queue", "2000", "--log-level", "error")
+    server = ServerProcess(tiny_model, *flags)
+    try:
+        with server.client() as client:
+
+            def kv_usage() -> float:
+                lines = client.get("/metrics").text.splitlines()
+                return float(
+                    next(line for line in lines if line.startswith("servekit:kv_cache_usage_perc")).split()[-1]
+                )
+
+            calm = asyncio.run(quiet(server, count // SURVIVORS))
+            assert kv_usage() == 0
+            process = psutil.Process(server.process.pid)
+            files, threads = process.num_fds(), process.num_threads()
+            for seed in range(seeds):
+                assert asyncio.run(abort_storm(server, count, seed)) == calm
+                assert wait_until(lambda: server.requests() == 0, 2), "requests are left"
+                assert wait_until(lambda: kv_usage() == 0, 2), "blocks are left"
+                assert wait_until(lambda: process.num_fds() <= files, 5), "descriptors are left"
+            assert process.num_threads() <= threads + 6  # of the pool for what waits, which is as large as it gets
+    finally:
+        server.stop()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.slow

@@ -203,6 +203,7 @@ class RequestTracker:
         self.prompt = prompt
         self.sequences = [_Sequence(i, request, tokenizer) for i in range(request.num_sequences)]
         self.moved: list[_Sequence] = []  # since an output was taken
+        self._is_many = len(self.sequences) > 1
         self._picks_best = request.num_sequences > request.sampling.n
         self._prompt_logprobs: list[TokenLogprob] | None = None if request.sampling.prompt_logprobs is None else []
         self._cached = 0
@@ -238,9 +239,9 @@ class RequestTracker:
 
     def take_text(self) -> tuple[str, int] | None:
         """The text that is new and of how many tokens it is; None where that is not all there is to be taken."""
-        if len(self.sequences) > 1 or not self.num_running or not self.moved:
+        if self._is_many or not self.num_running or not self.moved:
             return None
-        self.moved = []
+        self.moved.clear()
         return self.sequences[0].take_text()
 
     def _best(self) -> Sequence[_Sequence]:

@@ -21,20 +21,20 @@ GRACE_S = 1.0  # for the answer 408 to leave before the connection is cut
 class ChunkWriter:
     """Parts of an answer whose headers have been sent, given to the socket at once: between two calls of ``send``."""
 
-    __slots__ = ("_cycle", "_write")
+    __slots__ = ("_cycle", "_flow", "_write")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
+        self._flow = cycle.flow
         self._write = cycle.transport.write
 
-    @property
-    def can_write(self) -> bool:
-        """False while the caller reads too slowly, and where it has gone."""
+    def write(self, data: bytes) -> bool:
+        """False, and nothing is written, while the caller reads too slowly, and where it has gone."""
         cycle = self._cycle
-        return bool(cycle.chunked_encoding) and not (cycle.flow.write_paused or cycle.disconnected)
-
-    def write(self, data: bytes) -> None:
+        if self._flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
+            return False
         self._write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
 
 def protocol_class(limits: ServerLimits) -> type[HttpToolsProtocol]:

@@ -117,9 +117,8 @@ class LiveStream(EventStream):
 
     def _pass_on(self, events: bytes) -> None:
         writer = self._writer
-        if self._is_direct and writer is not None and writer.can_write:
+        if self._is_direct and writer is not None and writer.write(events):
             self._since = self._clock()
-            writer.write(events)
             return
         self._is_direct = False
         self._held.append(events)

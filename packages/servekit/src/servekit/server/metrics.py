@@ -153,6 +153,7 @@ class RequestRecord:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._between = metrics.histograms["inter_token_latency_seconds"]
         self._arrived = time.monotonic()
         self._last: dict[int, float] = {}  # when a choice had its last token
         self._ended: set[int] = set()
@@ -180,17 +181,18 @@ class RequestRecord:
 
     def saw_tokens(self, count: int) -> None:
         """``count`` more tokens of the only choice, which has had some already."""
+        now, last = time.monotonic(), self._last
         self.num_generated_tokens += count
         self._metrics.generation_tokens += count
-        self._tokens_came(0, count, time.monotonic())
+        self._between.observe((now - last.get(0, now)) / count, count)
+        last[0] = now
 
     def _tokens_came(self, index: int, count: int, now: float) -> None:
-        between = self._metrics.histograms["inter_token_latency_seconds"]
         last = self._last.get(index)
         if last is not None:
-            between.observe((now - last) / count, count)
+            self._between.observe((now - last) / count, count)
         else:
-            between.observe(0.0, count - 1)
+            self._between.observe(0.0, count - 1)
         if not self._last:
             self._metrics.histograms["time_to_first_token_seconds"].observe(now - self._arrived)
         self._last[index] = now
