@@ -23,13 +23,13 @@ constexpr int TILE_ROWS = 6, TILE_VECTORS = LANES == 16 ? 4 : 2;
 #define SK_APART __attribute__((noinline))
 
 // Scores of `rows` queries and LANES * NV keys; a vector of keys begins at each of `keys`, `step` bytes a depth.
-// `next`: as much of what is read afterwards stands there for each vector, and is asked for; or null.
-template <class D, int MR, int NV>
+// `next`: as much of what is read afterwards stands there for each vector, and is asked for.
+template <class D, int MR, int NV, bool asks>
 SK_APART void score_tile(const typename D::Value* q, int width, const uint8_t* const* keys, const uint8_t* const* next,
                        size_t step, float* out) {
   vf sums[MR][NV] = {};
   for (int d = 0; d < width / D::DEPTH; ++d) {
-    if (next)
+    if (asks)
       for (int v = 0; v < NV; ++v) __builtin_prefetch(next[v] + d * VECTOR, 0, 2);
     typename D::Weights w[NV];
     for (int v = 0; v < NV; ++v) w[v] = D::load(keys[v] + d * step);
@@ -40,16 +40,16 @@ SK_APART void score_tile(const typename D::Value* q, int width, const uint8_t* c
     for (int v = 0; v < NV; ++v) store(out + r * KEY_TILE + v * LANES, sums[r][v]);
 }
 
-template <class D, int NV>
+template <class D, int NV, bool asks>
 void score_rows(const typename D::Value* q, int rows, int width, const uint8_t* const* keys, const uint8_t* const* next,
                 size_t step, float* out) {
   switch (rows) {
-    case 1: return score_tile<D, 1, NV>(q, width, keys, next, step, out);
-    case 2: return score_tile<D, 2, NV>(q, width, keys, next, step, out);
-    case 3: return score_tile<D, 3, NV>(q, width, keys, next, step, out);
-    case 4: return score_tile<D, 4, NV>(q, width, keys, next, step, out);
-    case 5: return score_tile<D, 5, NV>(q, width, keys, next, step, out);
-    default: return score_tile<D, 6, NV>(q, width, keys, next, step, out);
+    case 1: return score_tile<D, 1, NV, asks>(q, width, keys, next, step, out);
+    case 2: return score_tile<D, 2, NV, asks>(q, width, keys, next, step, out);
+    case 3: return score_tile<D, 3, NV, asks>(q, width, keys, next, step, out);
+    case 4: return score_tile<D, 4, NV, asks>(q, width, keys, next, step, out);
+    case 5: return score_tile<D, 5, NV, asks>(q, width, keys, next, step, out);
+    default: return score_tile<D, 6, NV, asks>(q, width, keys, next, step, out);
   }
 }
 
@@ -83,8 +83,9 @@ void score_block_plainly<BF16>(const BF16::Value* q, int rows, int width, const 
     }
 }
 
-// out[rows][width] += p[rows][keys] * values, block after block. `next`: blocks that are read afterwards, or null.
-template <class D, int MR, int NV>
+// out[rows][width] += p[rows][keys] * values, block after block. `next`: blocks that are read afterwards, and are asked
+// for.
+template <class D, int MR, int NV, bool asks>
 SK_APART void value_tile(const typename D::Value* p, const uint8_t* const* blocks, const uint8_t* const* next,
                        int num_keys, int size, int width, float* out) {
   const size_t row = static_cast<size_t>(width) * 4;
@@ -95,9 +96,9 @@ SK_APART void value_tile(const typename D::Value* p, const uint8_t* const* block
     const int keys = num_keys - first < size ? num_keys - first : size;
     const int steps = (keys + D::DEPTH - 1) / D::DEPTH;
     const auto* x = p + first;
-    const uint8_t *w = blocks[b], *then = next ? next[b] : nullptr;
+    const uint8_t *w = blocks[b], *then = asks ? next[b] : nullptr;
     for (int s = 0; s < steps; ++s, w += row, x += D::DEPTH) {
-      if (then)
+      if (asks)
         for (int v = 0; v < NV; ++v) __builtin_prefetch(then + s * row + v * VECTOR, 0, 2);
       typename D::Weights weights[NV];
       for (int v = 0; v < NV; ++v) weights[v] = D::load(w + v * VECTOR);
@@ -109,16 +110,16 @@ SK_APART void value_tile(const typename D::Value* p, const uint8_t* const* block
     for (int v = 0; v < NV; ++v) store(out + r * width + v * LANES, sums[r][v]);
 }
 
-template <class D, int NV>
+template <class D, int NV, bool asks>
 void value_rows(const typename D::Value* p, int rows, const uint8_t* const* blocks, const uint8_t* const* next,
                 int num_keys, int size, int width, float* out) {
   switch (rows) {
-    case 1: return value_tile<D, 1, NV>(p, blocks, next, num_keys, size, width, out);
-    case 2: return value_tile<D, 2, NV>(p, blocks, next, num_keys, size, width, out);
-    case 3: return value_tile<D, 3, NV>(p, blocks, next, num_keys, size, width, out);
-    case 4: return value_tile<D, 4, NV>(p, blocks, next, num_keys, size, width, out);
-    case 5: return value_tile<D, 5, NV>(p, blocks, next, num_keys, size, width, out);
-    default: return value_tile<D, 6, NV>(p, blocks, next, num_keys, size, width, out);
+    case 1: return value_tile<D, 1, NV, asks>(p, blocks, next, num_keys, size, width, out);
+    case 2: return value_tile<D, 2, NV, asks>(p, blocks, next, num_keys, size, width, out);
+    case 3: return value_tile<D, 3, NV, asks>(p, blocks, next, num_keys, size, width, out);
+    case 4: return value_tile<D, 4, NV, asks>(p, blocks, next, num_keys, size, width, out);
+    case 5: return value_tile<D, 5, NV, asks>(p, blocks, next, num_keys, size, width, out);
+    default: return value_tile<D, 6, NV, asks>(p, blocks, next, num_keys, size, width, out);
   }
 }
 
@@ -270,8 +271,10 @@ class QueryTile {
     const size_t step = static_cast<size_t>(size_) * 4;
     for (int r = 0; r < rows_; r += TILE_ROWS, next = nullptr) {
       const int rows = rows_ - r < TILE_ROWS ? rows_ - r : TILE_ROWS;
-      score_rows<D, NV>(queries_ + static_cast<size_t>(r) * width_, rows, width_, keys, next, step,
-                        out + static_cast<size_t>(r) * KEY_TILE);
+      const Value* queries = queries_ + static_cast<size_t>(r) * width_;
+      float* scores = out + static_cast<size_t>(r) * KEY_TILE;
+      if (next) score_rows<D, NV, true>(queries, rows, width_, keys, next, step, scores);
+      else score_rows<D, NV, false>(queries, rows, width_, keys, next, step, scores);
     }
   }
 
@@ -334,23 +337,27 @@ class QueryTile {
     }
   }
 
+  // `next`: blocks to ask for.
   void use(int row, int rows, const uint8_t* const* values, int num_keys, const uint8_t* const* next) {
     constexpr int NV = TILE_VECTORS;
-    const int vectors = width_ / LANES, num_blocks = (num_keys + size_ - 1) / size_;
+    const int vectors = width_ / LANES;
+    int v = 0;
+    for (; v + NV <= vectors; v += NV) use_vectors<NV>(row, rows, values, num_keys, next, v);
+    for (; v < vectors; ++v) use_vectors<1>(row, rows, values, num_keys, next, v);
+  }
+
+  template <int NV>
+  void use_vectors(int row, int rows, const uint8_t* const* values, int num_keys, const uint8_t* const* next, int v) {
+    const int num_blocks = (num_keys + size_ - 1) / size_;
     const Value* p = weights_ + static_cast<size_t>(row) * KEY_TILE;
-    float* out = out_ + static_cast<size_t>(row) * width_;
+    float* out = out_ + static_cast<size_t>(row) * width_ + v * LANES;
     const uint8_t *shifted[KEY_TILE / 8], *after[KEY_TILE / 8];
-    for (int v = 0; v < vectors;) {
-      const bool wide = v + NV <= vectors;
-      for (int b = 0; b < num_blocks; ++b) {
-        shifted[b] = values[b] + static_cast<size_t>(v) * VECTOR;
-        after[b] = next ? next[b] + static_cast<size_t>(v) * VECTOR : nullptr;
-      }
-      const uint8_t* const* then = next ? after : nullptr;
-      if (wide) value_rows<D, NV>(p, rows, shifted, then, num_keys, size_, width_, out + v * LANES);
-      else value_rows<D, 1>(p, rows, shifted, then, num_keys, size_, width_, out + v * LANES);
-      v += wide ? NV : 1;
+    for (int b = 0; b < num_blocks; ++b) {
+      shifted[b] = values[b] + static_cast<size_t>(v) * VECTOR;
+      after[b] = next ? next[b] + static_cast<size_t>(v) * VECTOR : nullptr;
     }
+    if (next) value_rows<D, NV, true>(p, rows, shifted, after, num_keys, size_, width_, out);
+    else value_rows<D, NV, false>(p, rows, shifted, after, num_keys, size_, width_, out);
   }
 
   void leave() {

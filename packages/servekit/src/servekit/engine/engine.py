@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -14,7 +13,7 @@ from common_platform.artifact import Probe, check_probes
 from common_platform.errors import ArtifactFormatError, ConfigError, RequestError, ResourceError
 from servekit.core.config import CacheConfig, SchedulerConfig
 from servekit.core.facts import ModelFacts
-from servekit.core.plan import StepPlan, StepResult
+from servekit.core.plan import StepPlan
 from servekit.core.request import FinishReason, Request, RequestState, RequestUpdate, Update
 from servekit.core.scheduler import Scheduler
 from servekit.core.stats import SchedulerStats
@@ -24,7 +23,7 @@ from servekit.engine.grammars import Grammars
 from servekit.engine.validate import EngineRequest
 from servekit.execution.choices import ExecutorConfig
 from servekit.execution.device_memory import DEFAULT_UTILIZATION
-from servekit.execution.executor import InProcessExecutor
+from servekit.execution.executor import InProcessExecutor, Outcome
 from servekit.execution.host_memory import available_memory, resident_memory, total_memory
 from servekit.kernels.choice import GPU
 from servekit.sampling.parameters import SamplingParams
@@ -81,7 +80,7 @@ class EngineCore:
         self.executor.start(cache, scheduler, self._grammars.start)
         self._depth = 2 if plans_ahead else 1
         self._drafting: set[str] = set()  # sequences whose grammar may draft: planned when their last step is known
-        self._under_way: deque[tuple[StepPlan, Future[StepResult]]] = deque()
+        self._under_way: deque[tuple[StepPlan, Outcome]] = deque()
         self.is_sleeping = False
 
     def _prove(self, config: EngineConfig) -> None:

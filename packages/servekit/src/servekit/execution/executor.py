@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,27 @@ from servekit.models.registry import CausalModel, architecture_of, model_class, 
 PROBE_BLOCK = 16
 SHORT_STEP_S = 5e-4
 FEW_ROWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What became of a step that ran at once: as much of a ``Future`` as an engine asks of one."""
+
+    _result: StepResult | None
+    _error: Exception | None = None
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> StepResult:
+        if self._error is not None:
+            raise self._error
+        if self._result is None:
+            raise RuntimeError("result() of no step")
+        return self._result
+
+
+Outcome = Future[StepResult] | Finished
 
 
 class InProcessExecutor:
@@ -78,7 +100,7 @@ class InProcessExecutor:
         self._collector: ThreadPoolExecutor | None = None  # waits for the device while the next step is launched
         if self.kernels.sample is not None:
             self._collector = self._one_thread("servekit-results")
-        self._last: Future[Any] = self._thread.submit(lambda: None)
+        self._last: Outcome = Finished(None)
         self._last_s = SHORT_STEP_S  # that the last step took
 
     def _one_thread(self, name: str) -> ThreadPoolExecutor:
@@ -186,7 +208,7 @@ class InProcessExecutor:
             if self.kernels.sample is not None and not is_interpreted():
                 self._runner.warm_up()
 
-    def submit(self, plan: StepPlan) -> Future[StepResult]:
+    def submit(self, plan: StepPlan) -> Outcome:
         """Carry ``plan`` out after those submitted before: in a thread of its own, or at once.
 
         At once where handing it over and back would take longer than what there is to do beside it.
@@ -197,12 +219,10 @@ class InProcessExecutor:
             launched = self._thread.submit(self._runner.launch, plan)
             return self._collector.submit(lambda: launched.result().result())
         if self._last.done() and (self._last_s < SHORT_STEP_S or len(plan.slots) <= FEW_ROWS):
-            done: Future[StepResult] = Future()
             try:
-                done.set_result(self._timed(self._runner, plan))
+                self._last = Finished(self._timed(self._runner, plan))
             except Exception as error:  # noqa: BLE001 - for whoever asks for the result
-                done.set_exception(error)
-            self._last = done
+                self._last = Finished(None, error)
         else:
             self._last = self._thread.submit(self._timed, self._runner, plan)
         return self._last
