@@ -172,6 +172,14 @@ def streams(case: str) -> dict:
     return {"batches": fit.strategy.gather_plain(sees.batches), "weights": weights, "rank": fit.global_rank}
 
 
+def unsplit() -> dict:
+    """The targets that each rank trains on without a sampler of ours."""
+    sees = Sees()
+    fit = trainer(max_epochs=1, use_distributed_sampler=False, callbacks=[sees])
+    fit.fit(Regression(), DataLoader(dataset(8), 4))
+    return {"batches": fit.strategy.gather_plain(sees.batches), "rank": fit.global_rank}
+
+
 def missing() -> dict:
     """What each rank says to a checkpoint of "first" without the second rank's part."""
     fit, damaged = trainer(), FOLDER / "damaged"
@@ -189,6 +197,8 @@ def missing() -> dict:
 def run(case: str) -> dict:
     if case == "missing":
         return missing()
+    if case == "unsplit":
+        return unsplit()
     if case == "runtime":
         return own_loop()
     if case.startswith("stream_"):

@@ -42,7 +42,9 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return results(start(tmp_path_factory.mktemp("two"), 2, *CASES, *STREAMS, "dropout", "first", "resumed", "missing"))
+    return results(
+        start(tmp_path_factory.mktemp("two"), 2, *CASES, *STREAMS, "dropout", "first", "resumed", "missing", "unsplit")
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -88,6 +90,11 @@ def test_a_stream_goes_on_where_it_stood(two):
         assert len(before) + len(after) >= len(whole["batches"][rank]) > len(before) > 0
         assert before == whole["batches"][rank][: len(before)]
         assert after == whole["batches"][rank][-len(after) :]
+
+
+def test_without_our_samplers_each_rank_reads_everything(two):
+    whole = dataset(8).tensors[1].flatten().tolist()
+    assert two["unsplit"]["batches"] == [[whole[:4], whole[4:]]] * 2
 
 
 def test_no_rank_goes_on_or_waits_where_ones_part_of_a_checkpoint_is_missing(two):
