@@ -39,12 +39,13 @@ def main() -> None:
     parser.add_argument(
         "--recompute", choices=("none", "mlp", "all"), default="none", help="what our side computes again in backward"
     )
+    parser.add_argument("--tight", action="store_true", help="freed memory of our side goes back to the system")
     parser.add_argument("--side", nargs=2, metavar=("MODEL", "DATA"), help="be our side of it, in this process")
     args = parser.parse_args()
     if args.side:
         train(Path(args.side[0]), Path(args.side[1]))
         return
-    SETTINGS["recompute"] = args.recompute
+    SETTINGS["recompute"], SETTINGS["tight"] = args.recompute, args.tight
     steps = args.steps or (3 if args.quick else 6)
     report = Report()
     with tempfile.TemporaryDirectory() as folder:
@@ -156,11 +157,13 @@ def train(model: Path, data_file: Path) -> None:
 
     torch.set_num_threads(THREADS)
     import trainkit
-    from trainkit.lm import CausalLM, collate_packed
+    from trainkit.lm import CausalLM, collate_packed, return_freed_memory
 
     out, sys.stdout = sys.stdout, sys.stderr
     data = json.loads(data_file.read_text())
     settings = data["settings"]
+    if settings["tight"]:
+        return_freed_memory()
     module = CausalLM.from_folder(
         model, lr=settings["lr"], weight_decay=settings["weight_decay"], betas=(0.9, settings["beta2"]),
         decay="constant", gradient_checkpointing=RECOMPUTED[settings["recompute"]],

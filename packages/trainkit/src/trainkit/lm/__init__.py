@@ -1,5 +1,6 @@
 """Language models: chats and preferences as data, and modules that learn them, whole or by adapters."""
 
+from trainkit.lm.allocator import return_freed_memory
 from trainkit.lm.data import ChatDataset, PackedDataset, collate_packed, pack
 from trainkit.lm.docstrings import docstring_examples
 from trainkit.lm.dpo import DPO, Preference, PreferenceDataset, dpo_loss
@@ -20,5 +21,6 @@ __all__ = [
     "load_adapter",
     "merged",
     "pack",
+    "return_freed_memory",
     "save_adapter",
 ]
