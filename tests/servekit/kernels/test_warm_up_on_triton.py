@@ -6,12 +6,16 @@ import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.gpu.folders import write_tokenizer
 from tests.servekit.execution.recorded_ops import OpsRecorder
 from tests.tiny import make_folder, make_model
 
 from common_platform.kernels import is_interpreted
 from servekit import LLM, SamplingParams
+from servekit.execution.warm_up import step_sizes
+from servekit.kernels.tuning import bucket
 
 pytestmark = pytest.mark.skipif(not is_interpreted(), reason="it asks what interpreted launches would compile")
 VOCAB = 300
@@ -51,7 +55,7 @@ def test_serving_launches_nothing_that_the_warm_up_has_not_launched(tmp_path, na
 
     make_model(name.split(",")[0], vocab_size=VOCAB).save_pretrained(tmp_path)
     write_tokenizer(tmp_path, VOCAB)
-    sizes = {"max_model_len": 80, "max_num_seqs": 5, "max_num_batched_tokens": 20}
+    sizes = {"max_model_len": 56, "max_num_seqs": 5, "max_num_batched_tokens": 70}
     with LLM(tmp_path, kernels="triton", device="cpu", dtype="float32", **sizes, **SETTINGS[name]) as llm:
         with variants() as warmed:
             llm.collective_rpc(lambda runner: runner.warm_up())
@@ -61,6 +65,15 @@ def test_serving_launches_nothing_that_the_warm_up_has_not_launched(tmp_path, na
     assert len(warmed) >= 8
     assert served
     assert served <= warmed, [(one.kernel, *one.arguments) for one in served - warmed]
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_a_warm_up_has_steps_of_every_size_within_the_limits(max_tokens, max_model_len):
+    sizes = list(step_sizes(max_tokens, max_model_len))
+    assert all(0 < count <= context <= max_model_len and rows * count <= max_tokens for rows, count, context in sizes)
+    buckets = {bucket(rows * count) for rows, count, _ in sizes}
+    assert buckets == {bucket(tokens) for tokens in range(1, max_tokens + 1)}
+    assert max(context for _, _, context in sizes) == max_model_len
 
 
 def test_the_kernels_of_a_recorded_step_can_be_timed_alone(tmp_path):

@@ -148,9 +148,9 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Launch every kernel that a step may launch, so that no request waits until one is compiled."""
         models = [self.model, *(self._proposer.models if self._proposer else [])]
-        for count, context in step_sizes(self._max_tokens, self._max_model_len):
+        for size in step_sizes(self._max_tokens, self._max_model_len):
             for model in models:
-                step = null_step(model.kv_groups, count, context, self.batch.block_size, self.batch.build, self.device)
+                step = null_step(model.kv_groups, size, self.batch.block_size, self.batch.build, self.device)
                 model.logits(model.forward(step)[-1:])
         self.sampler.warm_up()
 
@@ -399,7 +399,9 @@ def largest_step(
     size = 16
     for attention in model.attentions:
         attention.bind(2, size, dtype, device)
-    hidden = model.forward(null_step(model.kv_groups, num_tokens, num_tokens, size, kernels.build_metadata, device))
+    hidden = model.forward(
+        null_step(model.kv_groups, (1, num_tokens, num_tokens), size, kernels.build_metadata, device)
+    )
     picked = hidden[torch.zeros(num_seqs, dtype=torch.int64, device=device)]
     torch.log_softmax(model.logits(picked), dim=-1)
     for attention in model.attentions:

@@ -19,13 +19,13 @@ from servekit.layers.attention import MetadataBuilder, StepInputs
 SHORTEST_SPLIT = 256  # tokens of a context, or more, for each split: one less would be no other kernel
 
 
-def step_sizes(max_tokens: int, max_model_len: int) -> Iterator[tuple[int, int]]:
-    """``(new tokens, context)`` of one row: prompts of each power of two, and a token after contexts of each."""
-    most = min(max_tokens, max_model_len)
-    for count in _doubled(2, most):
-        yield count, count
+def step_sizes(max_tokens: int, max_model_len: int) -> Iterator[tuple[int, int, int]]:
+    """``(rows, new tokens of each, context)``: prompts of each power of two of tokens, one token after each context."""
+    for tokens in _doubled(2, max_tokens):
+        rows = -(-tokens // max_model_len)
+        yield rows, tokens // rows, tokens // rows
     for context in (1, *_doubled(2 * SHORTEST_SPLIT, max_model_len)):
-        yield 1, context
+        yield 1, 1, context
 
 
 def _doubled(first: int, most: int) -> Iterator[int]:
@@ -37,11 +37,21 @@ def _doubled(first: int, most: int) -> Iterator[int]:
 
 
 def null_step(
-    groups: list[KVGroup], count: int, context: int, block_size: int, build: MetadataBuilder, device: torch.device
+    groups: list[KVGroup],
+    size: tuple[int, int, int],
+    block_size: int,
+    build: MetadataBuilder,
+    device: torch.device,
 ) -> StepInputs:
-    """A row of ``count`` new tokens at the end of ``context``, all of it in the null block, which nobody reads."""
-    counts, starts = np.asarray([count]), np.asarray([context - count])
-    tables = np.zeros((1, -(-context // block_size)), np.int32)
+    """Rows of new tokens at the end of their contexts, all of them in the null block, which nobody reads.
+
+    Args:
+        size: as ``step_sizes`` has it.
+    """
+    num_rows, count, context = size
+    counts, starts = np.full(num_rows, count), np.full(num_rows, context - count)
+    tables = np.zeros((num_rows, -(-context // block_size)), np.int32)
     rows = [StepRows(tables, starts, counts, group.window) for group in groups]
-    zeros = torch.zeros(count, dtype=torch.int64, device=device)  # of positions too: a step may be longer than a row
+    tokens = num_rows * count
+    zeros = torch.zeros(tokens, dtype=torch.int64, device=device)  # of positions too: a step may be longer than a row
     return StepInputs(zeros, zeros, rows, block_size, build=build)
