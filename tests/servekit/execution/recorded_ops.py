@@ -39,13 +39,16 @@ class OpsRecorder:
 
     def __init__(self) -> None:
         self.num_recordings = 0
+        self.names: set[str] = set()  # of all operations recorded
 
     def begin(self) -> None:
-        graph = self._graph = RecordedOps()
+        graph, names = RecordedOps(), self.names
+        self._graph = graph
 
         class Mode(TorchDispatchMode):
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):
                 out = function(*args, **(kwargs or {}))
+                names.add(function.__name__.partition(".")[0])
                 graph.calls.append((function, args, kwargs or {}, out))
                 return out
 

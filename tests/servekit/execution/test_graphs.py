@@ -111,6 +111,17 @@ def test_replays_sample_what_the_steps_themselves_would(path):
     assert (forward.num_replays, forward.num_eager) == (18, 0)
 
 
+WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero"}
+
+
+def test_nothing_that_is_recorded_makes_the_host_wait_for_the_device(path):
+    """A device refuses to record such an operation; a CPU does not mind."""
+    recorder = OpsRecorder()
+    make_runner(path, recorder)
+    assert recorder.names & {"mm", "linear"}
+    assert not recorder.names & WAITING
+
+
 def test_a_step_larger_than_every_bucket_runs_as_it_is(path):
     graphed = make_runner(path, OpsRecorder())
     ids = list(np.arange(60) % 250 + 3)  # the largest size recorded is 32
