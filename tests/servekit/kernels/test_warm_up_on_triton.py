@@ -76,6 +76,14 @@ def test_a_warm_up_has_steps_of_every_size_within_the_limits(max_tokens, max_mod
     assert max(context for _, _, context in sizes) == max_model_len
 
 
+@given(st.integers(1, 20_000), st.integers(1, 40), st.integers(1, 300), st.data())
+def test_a_warm_up_cuts_contexts_into_all_the_splits_that_serving_does(max_model_len, kv_heads, rows, data):
+    from servekit.kernels.paged_attention.triton_backend import num_splits
+
+    warmed = {num_splits(1, kv_heads, context) for _, count, context in step_sizes(64, max_model_len) if count == 1}
+    assert num_splits(rows, kv_heads, data.draw(st.integers(1, max_model_len))) in warmed
+
+
 def test_the_kernels_of_a_recorded_step_can_be_timed_alone(tmp_path):
     from tests.gpu.engine_times import kernels_of_a_step
     from tests.servekit.execution.test_graphs import make_runner
