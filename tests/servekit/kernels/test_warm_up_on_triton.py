@@ -14,7 +14,7 @@ from tests.tiny import make_folder, make_model
 
 from common_platform.kernels import is_interpreted
 from servekit import LLM, SamplingParams
-from servekit.execution.warm_up import step_sizes
+from servekit.execution.warm_up import steps
 from servekit.kernels.tuning import bucket
 
 pytestmark = pytest.mark.skipif(not is_interpreted(), reason="it asks what interpreted launches would compile")
@@ -69,18 +69,19 @@ def test_serving_launches_nothing_that_the_warm_up_has_not_launched(tmp_path, na
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
 def test_a_warm_up_has_steps_of_every_size_within_the_limits(max_tokens, max_model_len):
-    sizes = list(step_sizes(max_tokens, max_model_len))
-    assert all(0 < count <= context <= max_model_len and rows * count <= max_tokens for rows, count, context in sizes)
-    buckets = {bucket(rows * count) for rows, count, _ in sizes}
-    assert buckets == {bucket(tokens) for tokens in range(1, max_tokens + 1)}
-    assert max(context for _, _, context in sizes) == max_model_len
+    found = list(steps(max_tokens, max_model_len))
+    contexts = [start + count for starts, counts in found for start, count in zip(starts, counts, strict=True)]
+    assert min(contexts) > 0
+    assert max(contexts) == max_model_len
+    assert max(sum(counts) for _, counts in found) == max_tokens
+    assert {bucket(sum(counts)) for _, counts in found} == {bucket(tokens) for tokens in range(1, max_tokens + 1)}
 
 
 @given(st.integers(1, 20_000), st.integers(1, 40), st.integers(1, 300), st.data())
 def test_a_warm_up_cuts_contexts_into_all_the_splits_that_serving_does(max_model_len, kv_heads, rows, data):
     from servekit.kernels.paged_attention.triton_backend import num_splits
 
-    warmed = {num_splits(1, kv_heads, context) for _, count, context in step_sizes(64, max_model_len) if count == 1}
+    warmed = {num_splits(1, kv_heads, starts[0] + 1) for starts, counts in steps(64, max_model_len) if counts == [1]}
     assert num_splits(rows, kv_heads, data.draw(st.integers(1, max_model_len))) in warmed
 
 

@@ -24,7 +24,7 @@ from servekit.execution.pooling import Pool
 from servekit.execution.proposer import Proposer
 from servekit.execution.sampler import SampleOutput, Sampler, chosen
 from servekit.execution.sampler_row import Grammar
-from servekit.execution.warm_up import null_step, step_sizes
+from servekit.execution.warm_up import null_step, steps
 from servekit.kernels.kv_write import copy_blocks
 from servekit.kernels.paged_attention.metadata import to_device
 from servekit.layers.attention import StepInputs
@@ -148,9 +148,9 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Launch every kernel that a step may launch, so that no request waits until one is compiled."""
         models = [self.model, *(self._proposer.models if self._proposer else [])]
-        for size in step_sizes(self._max_tokens, self._max_model_len):
+        for starts, counts in steps(self._max_tokens, self._max_model_len):
             for model in models:
-                step = null_step(model.kv_groups, size, self.batch.block_size, self.batch.build, self.device)
+                step = null_step(model.kv_groups, starts, counts, self.batch.block_size, self.batch.build, self.device)
                 model.logits(model.forward(step)[-1:])
         self.sampler.warm_up()
 

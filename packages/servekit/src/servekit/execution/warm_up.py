@@ -7,7 +7,7 @@ is, into how many splits a context is cut, how the rows of a product with few bi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,13 +19,14 @@ from servekit.layers.attention import MetadataBuilder, StepInputs
 SHORTEST_SPLIT = 256  # tokens of a context, or more, for each split: one less would be no other kernel
 
 
-def step_sizes(max_tokens: int, max_model_len: int) -> Iterator[tuple[int, int, int]]:
-    """``(rows, new tokens of each, context)``: prompts of each power of two of tokens, one token after each context."""
+def steps(max_tokens: int, max_model_len: int) -> Iterator[tuple[list[int], list[int]]]:
+    """The rows' starts and counts of new tokens: prompts of each power of two of tokens, a token after each context."""
     for tokens in _doubled(2, max_tokens):
-        rows = -(-tokens // max_model_len)
-        yield rows, tokens // rows, tokens // rows
+        longest = min(tokens, max_model_len)
+        counts = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
+        yield [0] * len(counts), counts
     for context in (1, *_doubled(2 * SHORTEST_SPLIT, max_model_len)):
-        yield 1, 1, context
+        yield [context - 1], [1]
 
 
 def _doubled(first: int, most: int) -> Iterator[int]:
@@ -38,20 +39,15 @@ def _doubled(first: int, most: int) -> Iterator[int]:
 
 def null_step(
     groups: list[KVGroup],
-    size: tuple[int, int, int],
+    starts: Sequence[int],
+    counts: Sequence[int],
     block_size: int,
     build: MetadataBuilder,
     device: torch.device,
 ) -> StepInputs:
-    """Rows of new tokens at the end of their contexts, all of them in the null block, which nobody reads.
-
-    Args:
-        size: as ``step_sizes`` has it.
-    """
-    num_rows, count, context = size
-    counts, starts = np.full(num_rows, count), np.full(num_rows, context - count)
-    tables = np.zeros((num_rows, -(-context // block_size)), np.int32)
-    rows = [StepRows(tables, starts, counts, group.window) for group in groups]
-    tokens = num_rows * count
-    zeros = torch.zeros(tokens, dtype=torch.int64, device=device)  # of positions too: a step may be longer than a row
+    """Rows whose keys and values are in the null block, which nobody reads."""
+    firsts, news = np.asarray(starts), np.asarray(counts)
+    tables = np.zeros((len(news), -(-int((firsts + news).max()) // block_size)), np.int32)
+    rows = [StepRows(tables, firsts, news, group.window) for group in groups]
+    zeros = torch.zeros(int(news.sum()), dtype=torch.int64, device=device)  # of positions too: no angle is too far
     return StepInputs(zeros, zeros, rows, block_size, build=build)
