@@ -399,9 +399,7 @@ def largest_step(
     size = 16
     for attention in model.attentions:
         attention.bind(2, size, dtype, device)
-    hidden = model.forward(
-        null_step(model.kv_groups, (1, num_tokens, num_tokens), size, kernels.build_metadata, device)
-    )
+    hidden = model.forward(null_step(model.kv_groups, [0], [num_tokens], size, kernels.build_metadata, device))
     picked = hidden[torch.zeros(num_seqs, dtype=torch.int64, device=device)]
     torch.log_softmax(model.logits(picked), dim=-1)
     for attention in model.attentions:
