@@ -9,7 +9,7 @@ namespace servekit {
 
 namespace {
 
-constexpr int SPINS_BEFORE_SLEEP = 4000;
+constexpr int SPINS_BEFORE_SLEEP = 1000;  // some 10 us: what lies between two steps is longer
 
 // Keeps the calling thread on the `index`th of the cores that the process may use; no more than a wish.
 void stay_on(int index) {
@@ -55,7 +55,7 @@ void Pool::run(const std::function<void(int)>& part) {
   wake_.notify_all();
   part(0);
   open_.store(false);
-  wait_until([this] { return inside_.load() == 0; });
+  end_.wait([this] { return inside_.load() == 0; });
 }
 
 void Pool::work(int thread) {
@@ -69,7 +69,7 @@ void Pool::work(int thread) {
     seen = started_.load();
     inside_.fetch_add(1);
     if (open_.load()) (*part_)(thread);  // or the run is over, and whoever began another waits for nobody
-    inside_.fetch_sub(1);
+    if (inside_.fetch_sub(1) == 1) end_.tell();
   }
 }
 

@@ -22,15 +22,36 @@ inline void pause() {
 #endif
 }
 
-// Calls `done` until it is true: at once, then with pauses, then letting other threads run.
-template <class Done>
-void wait_until(Done done) {
-  constexpr int spins_before_yield = 2000;  // some 20 us
-  for (int spins = 0; !done(); ++spins) {
-    if (spins < spins_before_yield) pause();
-    else std::this_thread::yield();  // more threads than cores: let the late one run
+// Where threads wait for each other: at first with pauses, then letting others run, then asleep, so that on a busy machine
+// whoever they wait for finds a core free.
+class Meeting {
+ public:
+  // Returns once `done` is true, which whoever makes it so must `tell`; it reads atomics in the order of all threads.
+  template <class Done>
+  void wait(Done done) {
+    constexpr int spins = 2000, yields = 100;  // some 20 us, and as much again
+    for (int i = 0; i < spins + yields; ++i) {
+      if (done()) return;
+      if (i < spins) pause();
+      else std::this_thread::yield();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    asleep_.fetch_add(1);
+    wake_.wait(lock, done);
+    asleep_.fetch_sub(1);
   }
-}
+
+  void tell() {
+    if (asleep_.load() == 0) return;
+    { std::lock_guard<std::mutex> lock(mutex_); }  // who has looked and not slept yet sleeps first
+    wake_.notify_all();
+  }
+
+ private:
+  std::atomic<int> asleep_{0};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+};
 
 // Nobody waits for a thread that has not come: on a busy machine the caller does its work alone. So the function must
 // share its work out by a counter, and must not need a certain number of threads.
@@ -56,6 +77,7 @@ class Pool {
   std::atomic<bool> open_{false};
   std::atomic<int> inside_{0};
   std::atomic<bool> stopping_{false};
+  Meeting end_;  // of a run
   std::mutex mutex_;
   std::condition_variable wake_;
 };

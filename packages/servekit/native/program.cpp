@@ -440,6 +440,7 @@ struct sk_program {
   std::vector<std::unique_ptr<AttentionPlan>> plans;
   std::vector<std::vector<uint8_t>> scratch;  // one a thread
   Context context;
+  Meeting barrier;        // between operations
   int64_t weights = 0;    // that a token is multiplied with
   bool of_picks = false;  // what is added works on the picked rows
   size_t num_served = 0;  // operations that know their reader
@@ -513,9 +514,9 @@ struct sk_program {
                task = from.next.fetch_add(1, std::memory_order_relaxed), ++finished)
             op->run(context, task, thread, mine);
         }
-        op->done.fetch_add(finished, std::memory_order_release);
+        if (op->done.fetch_add(finished) + finished == count) barrier.tell();
         idle.begin(op->reader, context, thread);
-        wait_until([&] { return op->done.load(std::memory_order_acquire) == count || idle.ask(); });
+        barrier.wait([&] { return op->done.load() == count || idle.ask(); });
         if (thread == 0) {
           const auto now = std::chrono::steady_clock::now();
           op->nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(now - then).count();
