@@ -88,6 +88,25 @@ def test_paused_means_no_new_requests_and_resumed_that_they_are_taken(admin: htt
     assert http.post(COMPLETIONS, json=completion()).status_code == 200
 
 
+def test_no_route_takes_work_while_paused_and_none_looks_at_it(admin: httpx.Client, http: httpx.Client) -> None:
+    paths = (COMPLETIONS, "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings")
+    paths += ("/v1/rerank", "/rerank", "/v1/score", "/score")
+    admin.post("/admin/pause")
+    try:
+        for path in paths:
+            refused = http.post(path, content=b"no JSON")
+            assert code(refused) == (503, "paused"), path
+            assert int(refused.headers["retry-after"]) >= 1
+            assert ("type" in refused.json()) == (path == "/v1/messages"), path
+        counted = http.get("/metrics").text
+        assert http.get("/v1/models").status_code == 200
+    finally:
+        admin.post("/admin/resume")
+    for path in paths:
+        series = f'http_requests_total{{handler="{path}",method="POST",status="503"}}'
+        assert any(line.startswith(series) for line in counted.splitlines()), path
+
+
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_model_that_slept_says_the_same_when_awake(admin: httpx.Client, http: httpx.Client, level: int) -> None:
     asked = completion(prompt="sleepy", temperature=0, max_tokens=8)

@@ -13,6 +13,7 @@ from servekit.server import errors
 from servekit.server.auth import Auth
 from servekit.server.config import ServerConfig
 from servekit.server.cors import Cors
+from servekit.server.gate import Gate
 from servekit.server.keys import KeyRing
 from servekit.server.middleware import Envelope
 from servekit.server.routes import (
@@ -62,7 +63,8 @@ def _app_of(modules: Iterable[Any], state: ServerState) -> FastAPI:
 def guarded(app: FastAPI, config: ServerConfig) -> ASGIApp:
     """What listens to the network: ``app`` behind its keys."""
     state: ServerState = app.state.server
-    return Envelope(Cors(Auth(app, app.router, state.keys), config.allowed_origins), state.metrics.answered)
+    gate = Gate(app, app.router.routes, state)
+    return Envelope(Cors(Auth(gate, app.router, state.keys), config.allowed_origins), state.metrics.answered)
 
 
 def guarded_admin(app: FastAPI, config: ServerConfig) -> ASGIApp:

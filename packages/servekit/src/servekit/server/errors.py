@@ -79,6 +79,15 @@ def error_response(error: PlatformError, request_id: str) -> Response:
     return json_response(body, status, headers_for(error))
 
 
+def answer_to(error: PlatformError, request_id: str, path: str) -> Response:
+    """``error`` in the form that the clients of the route at ``path`` read."""
+    response = error_response(error, request_id)
+    if path.startswith(ANTHROPIC):  # its clients look for the word at the top
+        status, body = body_of(error, request_id)
+        response = json_response({"type": "error"} | body, status, headers_for(error))
+    return response
+
+
 def headers_for(error: PlatformError) -> dict[str, str]:
     """What goes with a status: when to come back, how to log in, that the rest of a body is not read."""
     status = status_of(error)
@@ -104,11 +113,7 @@ def install(app: FastAPI) -> None:
             raise error
         if status_of(error) == 500:
             raise error
-        response = error_response(error, request_id_of(request))
-        if request.url.path.startswith(ANTHROPIC):  # its clients look for the word at the top
-            status, body = body_of(error, request_id_of(request))
-            response = json_response({"type": "error"} | body, status, headers_for(error))
-        return response
+        return answer_to(error, request_id_of(request), request.url.path)
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):

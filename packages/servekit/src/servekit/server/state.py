@@ -69,6 +69,14 @@ class ServerState:
         limits = self.config.limits
         self.responses = ResponseStore(limits.max_stored_responses, limits.response_store_bytes)
 
+    def check_room(self) -> None:
+        """Raise Overloaded, and count it, where no work is taken."""
+        try:
+            self.admission.check_room()
+        except Overloaded as error:
+            self.metrics.refused[error.code] += 1
+            raise
+
     def generation(self) -> Generation:
         return Generation(self.engine, self.admission, self.metrics, self.budgets)
 
@@ -131,15 +139,11 @@ def state_of(request: Request) -> ServerState:
 
 
 def state_for_work(request: Request) -> ServerState:
-    """The state, where there is room for the work of ``request``: what is too much costs as little as can be.
+    """The state, where there is room for the work of ``request``.
 
     Raises:
         Overloaded: there is none.
     """
     state = state_of(request)
-    try:
-        state.admission.check_room()
-    except Overloaded as error:
-        state.metrics.refused[error.code] += 1
-        raise
+    state.check_room()
     return state

@@ -14,6 +14,7 @@ from servekit.server.caller import Caller, caller_of
 from servekit.server.chat import ChatRequest, read_chat
 from servekit.server.errors import json_response
 from servekit.server.formats import Envelope, chat_logprobs, prompt_logprobs
+from servekit.server.gate import work
 from servekit.server.generation import Hear
 from servekit.server.live import LiveStream, TextEvent
 from servekit.server.parsers.base import CallDelta, Delta
@@ -25,6 +26,7 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions")
+@work
 async def chat_completions(request: Request) -> Response:
     state = state_for_work(request)
     body = await read_json(request, state.config.limits)

@@ -15,6 +15,7 @@ from servekit.server.caller import Caller, caller_of
 from servekit.server.completions import read_completion
 from servekit.server.errors import json_response
 from servekit.server.formats import CompletionLogprobs, Envelope, Usage, joined, prompt_logprobs
+from servekit.server.gate import work
 from servekit.server.generation import Generation, Hear, Job
 from servekit.server.infill import Infill
 from servekit.server.live import LiveStream, TextEvent
@@ -26,6 +27,7 @@ router = APIRouter()
 
 
 @router.post("/v1/completions")
+@work
 async def completions(request: Request) -> Response:
     state = state_for_work(request)
     body = await read_json(request, state.config.limits)

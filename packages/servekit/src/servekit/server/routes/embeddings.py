@@ -22,6 +22,7 @@ from servekit.server.embeddings import (
     vectors_of,
 )
 from servekit.server.errors import json_response
+from servekit.server.gate import work
 from servekit.server.state import ServerState, state_for_work
 from servekit.server.streaming import while_connected
 
@@ -29,6 +30,7 @@ router = APIRouter()
 
 
 @router.post("/v1/embeddings")
+@work
 async def embeddings(request: Request) -> Response:
     state, caller = state_for_work(request), caller_of(request)
     asked = read_embedding(state.door, state.embedding_model, await read_json(request, state.config.limits))
@@ -41,6 +43,7 @@ async def embeddings(request: Request) -> Response:
 
 @router.post("/v1/rerank")
 @router.post("/rerank")
+@work
 async def rerank(request: Request) -> Response:
     """The documents, most like the query first."""
     state, caller = state_for_work(request), caller_of(request)
@@ -57,6 +60,7 @@ async def rerank(request: Request) -> Response:
 
 @router.post("/v1/score")
 @router.post("/score")
+@work
 async def score(request: Request) -> Response:
     """How alike texts are, -1..1, pair by pair."""
     state, caller = state_for_work(request), caller_of(request)

@@ -17,6 +17,7 @@ from servekit.server.body import read_json
 from servekit.server.caller import Caller, caller_of
 from servekit.server.chat import ChatRequest
 from servekit.server.errors import json_response
+from servekit.server.gate import work
 from servekit.server.generation import Hear
 from servekit.server.live import LiveStream
 from servekit.server.state import state_for_work, state_of
@@ -36,6 +37,7 @@ FORM = StreamForm(done=b"", error=lambda body: _named({"type": "error"} | body))
 
 
 @router.post("/v1/messages")
+@work
 async def messages(request: Request) -> Response:
     state = state_for_work(request)
     body = await read_json(request, state.config.limits)

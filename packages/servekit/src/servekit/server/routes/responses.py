@@ -18,6 +18,7 @@ from servekit.server.body import read_json
 from servekit.server.caller import Caller, caller_of
 from servekit.server.errors import body_of, internal_error, json_response
 from servekit.server.event_log import EventLog
+from servekit.server.gate import work
 from servekit.server.generation import Hear
 from servekit.server.live import LiveStream
 from servekit.server.response_form import ResponseForm
@@ -45,6 +46,7 @@ FORM = StreamForm(done=b"", error=_error_event)
 
 
 @router.post("/v1/responses")
+@work
 async def create(request: Request) -> Response:
     state, caller = state_for_work(request), caller_of(request)
     body = await read_json(request, state.config.limits)
