@@ -64,7 +64,9 @@ if __name__ == "__main__":
     trainer = trainkit.Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=DDPStrategy(timeout=patience, rendezvous_timeout=patience if PLACE == "rendezvous" else timedelta(60)),
+        strategy=DDPStrategy(
+            timeout=patience, rendezvous_timeout=patience if PLACE == "rendezvous" else timedelta(seconds=150)
+        ),
         max_epochs=1,
         num_sanity_val_steps=0,
         enable_progress_bar=False,
