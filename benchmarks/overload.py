@@ -9,9 +9,8 @@ machine.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,47 +19,57 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import Report, arguments
-from servekit.bench.load import Pace, send_all
-from servekit.bench.sse import Address, Record, ask
+from servekit.bench.load import Pace
+from servekit.engine.collector import short_collections
 from server_overhead import Server, make_tiny, start_ours
+from streams import Answer, Callers, post
 
 SEQUENCES, QUEUE = 16, 32
-TOKENS = 64
+SHORTEST, LENGTHS = 33, 63  # tokens: 33 to 95, 64 in the mean
 LIMIT_S = 60.0
 LADDER = (0.8, 1.0, 2.0, 4.0, 0.8)  # times capacity
 REFUSED = (429, 503)
 HEALTH_EVERY_S = 0.1
 
 
-def _body(number: int) -> bytes:
-    asked = {"model": "tiny", "prompt": f"number {number}", "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
-    return json.dumps(asked | {"stream_options": {"include_usage": True}}).encode()
+def _request(number: int) -> bytes:
+    """Answers of many lengths: of one length, those that begin together end together, which no load of users does."""
+    num_tokens = SHORTEST + number * 37 % LENGTHS
+    asked = {"model": "tiny", "prompt": f"number {number}", "max_tokens": num_tokens, "ignore_eos": True}
+    asked |= {"stream": True}
+    return post("/v1/completions", asked | {"stream_options": {"include_usage": True}})
 
 
-async def _closed(address: Address, seconds: float) -> float:
+def _closed(server: Server, seconds: float) -> float:
     """Answers a second to as many callers as are let in."""
-    done, number = 0, 0
-    end = time.perf_counter() + seconds
-
-    async def caller() -> None:
-        nonlocal done, number
-        while time.perf_counter() < end:
-            number += 1
-            record = await ask(address, _body(number), {}, LIMIT_S)
-            done += record.succeeded  # not in one line: what others count meanwhile would be lost
-
+    callers = Callers(server.port)
     began = time.perf_counter()
-    await asyncio.gather(*[caller() for _ in range(SEQUENCES + QUEUE // 2)])
+    number = 0
+    while (left_s := began + seconds - time.perf_counter()) > 0:
+        while callers.num_under_way < SEQUENCES + QUEUE // 2:
+            number += 1
+            callers.begin(_request(number))
+        callers.step(left_s)
+    done = sum(answer.is_whole for answer in callers.finish())
     return done / (time.perf_counter() - began)
 
 
-async def _open(address: Address, rate: float, seconds: float) -> list[Record]:
-    bodies = [_body(i) for i in range(int(rate * seconds))]
+def _open(server: Server, rate: float, seconds: float) -> list[Answer]:
+    """Callers who come at ``rate``, whatever becomes of those before them."""
+    times = Pace(request_rate=rate).times(int(rate * seconds))
+    requests = [_request(number) for number in range(len(times))]
+    callers = Callers(server.port)
+    with short_collections():  # a pause of the callers would look like one of the server
+        began = time.perf_counter()
+        for at, request in zip(times, requests, strict=True):
+            while (left_s := began + at - time.perf_counter()) > 0:
+                callers.step(left_s)
+            callers.begin(request)
+        return callers.finish()
 
-    async def send(body: bytes) -> Record:
-        return await ask(address, body, {}, LIMIT_S)
 
-    return await send_all(bodies, send, Pace(request_rate=rate))
+def _taken_s(answers: Sequence[Answer]) -> float:
+    return max(answer.began_s + answer.end_s for answer in answers) - min(answer.began_s for answer in answers)
 
 
 def _percentile(values: Sequence[float], percent: float) -> float:
@@ -69,28 +78,28 @@ def _percentile(values: Sequence[float], percent: float) -> float:
 
 
 def measure(report: Report, server: Server, *, seconds: float) -> None:
-    address = Address.of(f"http://127.0.0.1:{server.port}", "/v1/completions")
-    asyncio.run(_closed(address, 2))  # warm
-    capacity = asyncio.run(_closed(address, seconds / 4))
-    records = asyncio.run(_open(address, capacity * 10, seconds))
-    accepted = [record for record in records if record.status == 200]
-    refused = [record.ended - record.began for record in records if record.status in REFUSED]
-    others = [r for r in records if r.status not in (200, *REFUSED)]
-    taken = max(r.ended for r in records) - min(r.began for r in records)
-    good = sum(record.succeeded for record in accepted)
+    _closed(server, 2)  # warm
+    capacity = _closed(server, seconds / 4)
+    answers = _open(server, capacity * 10, seconds)
+    accepted = [answer for answer in answers if answer.status == 200]
+    refused = [answer.end_s for answer in answers if answer.status in REFUSED]
+    num_others = len(answers) - len(accepted) - len(refused)
+    good = sum(answer.is_whole for answer in accepted)
+    sent_s = max(answer.began_s for answer in answers) - min(answer.began_s for answer in answers)
     report.figure("capacity_requests_s", capacity)
-    report.figure("offered_requests_s", len(records) / seconds)
-    report.figure("sent_requests_s", len(records) / (max(r.began for r in records) - min(r.began for r in records)))
-    report.figure("other_answers", len(others))
+    report.figure("offered_requests_s", len(answers) / seconds)
+    report.figure("sent_requests_s", len(answers) / sent_s)
+    report.figure("other_answers", num_others)
     report.figure("accepted_requests", len(accepted))
     report.figure("refused_requests", len(refused))
     report.figure("refusal_median_ms", _percentile(refused, 50) * 1e3)
-    first = [record.first - record.began for record in accepted if record.first]
+    report.figure("refusal_worst_ms", _percentile(refused, 100) * 1e3)
+    first = [answer.first_s for answer in accepted if answer.first_s]
     report.figure("accepted_first_token_median_ms", _percentile(first, 50) * 1e3)
-    report.target("goodput over capacity", good / taken / capacity, ">=", 0.9)
+    report.target("goodput over capacity", good / _taken_s(answers) / capacity, ">=", 0.9)
     report.target("99th percentile of refusals, ms", _percentile(refused, 99) * 1e3, "<=", 100.0)
     report.target("accepted requests that did not finish", len(accepted) - good, "<=", 0)
-    report.target("answers that are neither", len(others), "<=", 0)
+    report.target("answers that are neither", num_others, "<=", 0)
 
 
 @dataclass
@@ -100,13 +109,12 @@ class Health:
     taken_s: list[float] = field(default_factory=list)
     num_alarms: int = 0
 
-    async def watch(self, port: int) -> None:
-        """Until it is cancelled."""
-        while True:
+    def watch(self, port: int, is_over: threading.Event) -> None:
+        """Until it is over."""
+        while not is_over.wait(HEALTH_EVERY_S):
             began = time.perf_counter()
-            self.num_alarms += not await asyncio.to_thread(_is_healthy, port)
+            self.num_alarms += not _is_healthy(port)
             self.taken_s.append(time.perf_counter() - began)
-            await asyncio.sleep(HEALTH_EVERY_S)
 
 
 def _is_healthy(port: int) -> bool:
@@ -117,30 +125,30 @@ def _is_healthy(port: int) -> bool:
         return False
 
 
-async def _rung(server: Server, rate: float, seconds: float, health: Health) -> list[Record]:
-    watching = asyncio.create_task(health.watch(server.port))
+def _rung(server: Server, rate: float, seconds: float, health: Health) -> list[Answer]:
+    is_over = threading.Event()
+    watching = threading.Thread(target=health.watch, args=(server.port, is_over))
+    watching.start()
     try:
-        return await _open(Address.of(f"http://127.0.0.1:{server.port}", "/v1/completions"), rate, seconds)
+        return _open(server, rate, seconds)
     finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        is_over.set()
+        watching.join()
 
 
 def climb(report: Report, server: Server, *, seconds: float) -> None:
     """One rate after the other, each for ``seconds``."""
-    address = Address.of(f"http://127.0.0.1:{server.port}", "/v1/completions")
-    asyncio.run(_closed(address, 2))  # warm
-    capacity = report.figure("capacity_requests_s", asyncio.run(_closed(address, seconds / 2)))
+    _closed(server, 2)  # warm
+    capacity = report.figure("capacity_requests_s", _closed(server, seconds / 2))
     health = Health()
     goodput, first_ms, refusal_ms, lost = [], [], [], 0
     for step, times in enumerate(LADDER):
-        records = asyncio.run(_rung(server, capacity * times, seconds, health))
-        taken = max(r.ended for r in records) - min(r.began for r in records)
-        good = [record for record in records if record.succeeded]
-        refused = [record.ended - record.began for record in records if record.status in REFUSED]
-        lost += len(records) - len(good) - len(refused)
-        goodput.append(len(good) / taken)
-        first_ms.append(_percentile([r.first - r.began for r in good], 99) * 1e3)
+        answers = _rung(server, capacity * times, seconds, health)
+        good = [answer for answer in answers if answer.is_whole]
+        refused = [answer.end_s for answer in answers if answer.status in REFUSED]
+        lost += len(answers) - len(good) - len(refused)
+        goodput.append(len(good) / _taken_s(answers))
+        first_ms.append(_percentile([answer.first_s for answer in good], 99) * 1e3)
         refusal_ms.append(_percentile(refused, 99) * 1e3)
         at = f"step_{step + 1}_of_{times:g}x"
         report.figure(f"{at}_goodput_requests_s", goodput[-1])

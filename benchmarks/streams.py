@@ -17,8 +17,9 @@ LIMIT_S = 300.0
 
 @dataclass(slots=True)
 class Answer:
-    """One answer; times are seconds from the moment in which all were asked."""
+    """One answer; times are seconds from the moment in which it was asked for, or all were."""
 
+    began_s: float = 0.0  # by ``time.perf_counter``
     first_s: float = 0.0  # the first event; 0: there was none
     end_s: float = 0.0
     longest_gap_s: float = 0.0  # between two arrivals
@@ -54,8 +55,8 @@ def ask_all(port: int, requests: Sequence[bytes]) -> list[Answer]:
     Raises:
         TimeoutError: one had not ended after ``LIMIT_S``.
     """
-    answers = [Answer() for _ in requests]
     start = time.perf_counter()
+    answers = [Answer(start) for _ in requests]
     with selectors.DefaultSelector() as selector:
         for request, answer in zip(requests, answers, strict=True):
             connection = socket.create_connection(("127.0.0.1", port), timeout=LIMIT_S)
@@ -93,3 +94,60 @@ def _take(connection: socket.socket, state: list[Any], start: float) -> bool:
     answer.num_arrivals += 1
     answer.tail = (answer.tail + piece)[-TAIL:]
     return True
+
+
+class Callers:
+    """Many callers who come one after the other, each over a connection of its own, in one thread."""
+
+    def __init__(self, port: int) -> None:
+        self._address = ("127.0.0.1", port)
+        self._selector = selectors.DefaultSelector()
+        self.answers: list[Answer] = []
+
+    @property
+    def num_under_way(self) -> int:
+        return len(self._selector.get_map())
+
+    def begin(self, request: bytes) -> None:
+        answer = Answer(time.perf_counter())
+        self.answers.append(answer)
+        connection = socket.socket()
+        connection.setblocking(False)
+        connection.connect_ex(self._address)
+        self._selector.register(connection, selectors.EVENT_WRITE, [answer, answer.began_s, request])
+
+    def step(self, limit_s: float) -> None:
+        """Take what has come, or wait for it no longer than ``limit_s``."""
+        for key, events in self._selector.select(limit_s):
+            connection, state = key.fileobj, key.data
+            if events & selectors.EVENT_WRITE:
+                self._send(connection, state)  # type: ignore[arg-type]
+            elif not _take(connection, state, state[0].began_s):  # type: ignore[arg-type]
+                self._end(connection)  # type: ignore[arg-type]
+
+    def _send(self, connection: socket.socket, state: list[Any]) -> None:
+        try:
+            connection.sendall(state.pop())  # it is small
+        except OSError:  # refused before it was heard
+            state[0].end_s = time.perf_counter() - state[0].began_s
+            self._end(connection)
+            return
+        self._selector.modify(connection, selectors.EVENT_READ, state)
+
+    def _end(self, connection: socket.socket) -> None:
+        self._selector.unregister(connection)
+        connection.close()
+
+    def finish(self) -> list[Answer]:
+        """All answers, once they have ended.
+
+        Raises:
+            TimeoutError: some had not after ``LIMIT_S``.
+        """
+        deadline = time.perf_counter() + LIMIT_S
+        while self.num_under_way:
+            if time.perf_counter() > deadline:
+                raise TimeoutError(f"{self.num_under_way} answers have not ended after {LIMIT_S:g} s")
+            self.step(1.0)
+        self._selector.close()
+        return self.answers
