@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -163,6 +165,21 @@ def test_loaders_with_a_generator_and_batches_read_ahead_resume_exactly(tmp_path
     weights(stop)
     for one, other in zip(weights(resume=stop), whole, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("stop", [None, 3])
+def test_worker_processes_end_with_the_run(tmp_path, stop):
+    """Not whenever the garbage is collected, which would wait for each in vain."""
+    loader = DataLoader(dataset(), 8, num_workers=2)
+    fit = trainer(tmp_path, max_epochs=1, limit_train_batches=6, callbacks=[Stops(stop)])
+    before = set(multiprocessing.active_children())
+    gc.disable()
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            fit.fit(Regression(), loader)
+        assert set(multiprocessing.active_children()) <= before
+    finally:
+        gc.enable()
 
 
 def test_reading_ahead_changes_no_number(tmp_path):

@@ -81,6 +81,13 @@ class Feed:
         if state is not None:
             set_rng_state(state)
 
+    def close(self) -> None:
+        """Let the epoch's iterator go, and with it its worker processes.
+
+        Left to the collector of garbage, which may end its queues first, each worker is waited for in vain, 5 s.
+        """
+        self._batches = iter(())
+
     def next(self) -> tuple[Any, bool] | None:
         """The next batch and whether it is the epoch's last; None where there is none.
 

@@ -109,9 +109,12 @@ class FitLoop:
         trainer.call("on_train_start")
         trainer.call_last("on_train_start")
         self._validated_at = time.monotonic()
-        while not self._is_done():
-            self._epoch()
-            self.progress.next_epoch()
+        try:
+            while not self._is_done():
+                self._epoch()
+                self.progress.next_epoch()
+        finally:
+            self.feed.close()
         trainer.call("on_train_end")
         trainer.call_last("on_train_end")
 
