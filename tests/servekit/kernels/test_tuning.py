@@ -130,8 +130,9 @@ def test_triton_products_are_launched_as_the_file_says_that_tune_wrote(tmp_path,
         pytest.skip("this device does not have float8")
     from servekit.kernels.tune import entries, tune
 
-    operation = "quantized_linear" if what == "linear" else "fused_moe"
-    module = importlib.import_module(f"servekit.kernels.{operation}.triton_backend")
+    linear = "triton_w4" if kind == "int4" else "triton_w8"
+    launcher = f"quantized_linear.{linear}" if what == "linear" else "fused_moe.triton_backend"
+    module = importlib.import_module(f"servekit.kernels.{launcher}")
     launched, choose = [], module.measured_tiles
     fresh.setattr(module, "measured_tiles", lambda *a, **k: (launched.append(choose(*a, **k)), launched[-1])[1])
 
