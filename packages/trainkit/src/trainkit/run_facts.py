@@ -26,14 +26,13 @@ from trainkit.module import TrainModule
 from trainkit.optimizers import SchedulerSetup
 from trainkit.precision import Precision
 from trainkit.stage import TrainerState
-from trainkit.strategies import Strategy
+from trainkit.strategies.rank_facts import RankFacts
 
 
-class RunFacts:
+class RunFacts(RankFacts):
     """The Trainer's face. The names are Lightning's."""
 
     limits: Limits
-    strategy: Strategy
     precision_plugin: Precision
     progress: Progress
     results: Results
@@ -150,18 +149,6 @@ class RunFacts:
         return self.validating or self.testing
 
     @property
-    def world_size(self) -> int:
-        return self.strategy.world_size
-
-    @property
-    def global_rank(self) -> int:
-        return self.strategy.rank
-
-    @property
-    def local_rank(self) -> int:
-        return self.strategy.local_rank
-
-    @property
     def node_rank(self) -> int:
         return self.strategy.node_rank
 
@@ -183,10 +170,6 @@ class RunFacts:
     @property
     def num_devices(self) -> int:
         return max(self.world_size // self.num_nodes, 1)
-
-    @property
-    def is_global_zero(self) -> bool:
-        return self.strategy.is_first
 
     @property
     def max_epochs(self) -> int | None:

@@ -22,9 +22,10 @@ from trainkit.move import to_device
 from trainkit.optimizers import ManagedOptimizer
 from trainkit.precision import make_precision
 from trainkit.strategies import Strategy, make_strategy
+from trainkit.strategies.rank_facts import RankFacts
 
 
-class Runtime:
+class Runtime(RankFacts):
     """What a training loop of one's own needs from the machine. Use it like Lightning's Fabric::
 
         runtime = Runtime(devices=2, precision="bf16-mixed")
@@ -70,22 +71,6 @@ class Runtime:
     @property
     def device(self) -> torch.device:
         return self.strategy.device
-
-    @property
-    def global_rank(self) -> int:
-        return self.strategy.rank
-
-    @property
-    def local_rank(self) -> int:
-        return self.strategy.local_rank
-
-    @property
-    def world_size(self) -> int:
-        return self.strategy.world_size
-
-    @property
-    def is_global_zero(self) -> bool:
-        return self.strategy.is_first
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on the first rank only."""
