@@ -33,7 +33,7 @@ from servekit.models.registry import CausalModel, architecture_of, model_class, 
 
 PROBE_BLOCK = 16
 SHORT_STEP_S = 5e-4
-FEW_ROWS = 4
+FEW_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +218,7 @@ class InProcessExecutor:
         if self._collector is not None:
             launched = self._thread.submit(self._runner.launch, plan)
             return self._collector.submit(lambda: launched.result().result())
-        if self._last.done() and (self._last_s < SHORT_STEP_S or len(plan.slots) <= FEW_ROWS):
+        if self._last.done() and (self._last_s < SHORT_STEP_S or plan.total_tokens <= FEW_TOKENS):
             try:
                 self._last = Finished(self._timed(self._runner, plan))
             except Exception as error:  # noqa: BLE001 - for whoever asks for the result
